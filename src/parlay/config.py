@@ -1,0 +1,108 @@
+"""Engine configuration: complete at construction, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from parlay.types import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What the `fixed` policy bets: a method and a tree, or nothing.
+
+    Written `off`, `auto`, `METHOD` (a chain of 4), `METHOD:DEPTH` (a chain) or `METHOD:[-1,0,0,...]` (the parents of
+    a tree, -1 being the last known token).
+    """
+
+    method: str | None = None
+    tree: Tree = Tree(())
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads the command-line form.
+
+        Raises:
+            ValueError: with the accepted forms, when `text` is none of them.
+        """
+        if text == "off":
+            return cls()
+        method, _, shape = text.partition(":")
+        if method == "auto":
+            method = "prompt_lookup"
+        try:
+            tree = Tree(tuple(json.loads(shape))) if shape.startswith("[") else Tree.chain(int(shape or 4))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH or METHOD:[parents of a tree] ({error})"
+            ) from error
+        if not tree:
+            return cls()
+        return cls(method, tree)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is built from.
+
+    Attributes:
+        model: A built-in name, a Hugging Face id, a local folder or a `.gguf` file.
+        dtype: `auto` takes bfloat16 where the hardware is fast at it, float32 elsewhere.
+        device: `auto` takes CUDA where there is one.
+        max_num_seqs: Rows that run at a time.
+        max_num_batched_tokens: Tokens, known and guessed, in one step.
+        max_model_len: Context limit; None takes the model's own.
+        kv_cache_memory: Bytes for the KV pool; None takes a share of free memory, bounded by what the rows can use.
+        page_size: Positions per KV page.
+        prefix_caching: Reuse KV of equal prompt prefixes.
+        speculation: What to bet; see `Speculation`.
+        parity: `strict` makes every reduction independent of what else is in the step.
+        seed: Seeds the randomness of unseeded requests.
+        self_check: Compare a packed step with plain transformers at load.
+    """
+
+    model: str
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    device: str = "auto"
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    kv_cache_memory: int | None = None
+    page_size: int = 16
+    prefix_caching: bool = True
+    speculation: Speculation = Speculation("prompt_lookup", Tree.chain(4))
+    parity: Literal["fast", "strict"] = "fast"
+    seed: int | None = None
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speculation, str):
+            object.__setattr__(self, "speculation", Speculation.parse(self.speculation))
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be 1 or more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, or rows would starve")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError("max_model_len: must be 2 or more")
+        if self.parity not in ("fast", "strict"):
+            raise ValueError('parity: must be "fast" or "strict"')
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a configuration, refusing unknown keys with the nearest known name.
+
+        Raises:
+            ValueError: for an unknown key or a value out of range.
+        """
+        known = [entry.name for entry in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+                raise ValueError(f"unknown configuration key {key!r}{hint}")
+        return cls(**values)

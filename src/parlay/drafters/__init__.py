@@ -1,0 +1,1 @@
+"""Drafters: whoever guesses tokens. One file each."""

@@ -1,0 +1,77 @@
+"""What a drafter is, and the engine's set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from parlay.engine.batch import Draft
+from parlay.types import Bet, Offer, Row, RowResult, StepPlan
+
+
+class Drafter(Protocol):
+    """Guesses tokens. The engine asks for capabilities, never for identity.
+
+    Attributes:
+        name: The method's name in plans, requests and metrics.
+        taps: Layers after which it needs the target's hidden states; empty if none.
+        deterministic: Whether equal tokens always give equal guesses, which `offer` may then show.
+        owns_kv: Whether it keeps KV of its own for known tokens.
+    """
+
+    name: str
+    taps: tuple[int, ...]
+    deterministic: bool
+    owns_kv: bool
+
+    def offer(self, rows: Sequence[Row]) -> Sequence[Offer | None]:
+        """What it could bet on each row; host only and cheap. Nothing sampled is drawn here."""
+        ...
+
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> Sequence[Draft | None]:
+        """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values."""
+        ...
+
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+        """Hears what was emitted, before the rows' tokens grow."""
+        ...
+
+    def forget(self, seq: int) -> None:
+        """A row has ended."""
+        ...
+
+
+class Drafters:
+    """The drafters of one engine, by name."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self.by_name = {drafter.name: drafter for drafter in drafters}
+
+    def offer(self, rows: Sequence[Row]) -> list[list[Offer]]:
+        """Per row, every drafter's offer; rows that may not guess get none."""
+        offers: list[list[Offer]] = [[] for _ in rows]
+        willing = [i for i, row in enumerate(rows) if row.max_depth > 0]
+        for drafter in self.by_name.values():
+            for i, offer in zip(willing, drafter.offer([rows[i] for i in willing]), strict=True):
+                if offer is not None:
+                    offers[i].append(offer)
+        return offers
+
+    def draft(self, rows: Sequence[Row], plan: StepPlan) -> list[Draft | None]:
+        """Lets each drafter guess for the rows that were bound to it, all of them at once."""
+        drafts: list[Draft | None] = [None] * len(rows)
+        for name, drafter in self.by_name.items():
+            bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == name]
+            if bound:
+                guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound])
+                for (i, _), draft in zip(bound, guesses, strict=True):
+                    drafts[i] = draft if draft is not None and draft.tree else None
+        return drafts
+
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+        for drafter in self.by_name.values():
+            drafter.commit(rows, results)
+
+    def forget(self, seq: int) -> None:
+        for drafter in self.by_name.values():
+            drafter.forget(seq)

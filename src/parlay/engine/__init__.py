@@ -1,0 +1,1 @@
+"""The engine: scheduling, paged KV, the model, sampling and lossless acceptance."""

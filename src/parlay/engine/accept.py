@@ -1,0 +1,247 @@
+"""Lossless verification: which guesses are kept, and what is emitted after them.
+
+Words: a guess is *accepted* when it is kept; after a rejection the next token is *recovered*, sampled from what the
+target's distribution still holds; after a fully accepted path it is a *bonus*. Emitted = accepted + 1.
+
+Every row walks down its tree. At each node the target's processed distribution P decides:
+
+- `greedy`: the argmax of P.
+- `coupled`: argmax(log p + g) with Gumbel noise g keyed by (seed, choice, position, token), so that the token does not
+  depend on what was guessed (drafter-invariant speculation, Daliri et al. 2024).
+- `optimal`, deterministic children: a sample from P. Accepting a child when it is that sample has the same law as
+  trying the children one by one with q = 1.
+- `optimal`, sampled children: Sequoia's rule for children drawn without replacement (Chen et al. 2024, algorithm 2).
+
+In each case the outcome is one token; if it is a child, the walk goes on there, else it ends by emitting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from parlay.engine.batch import Draft
+from parlay.engine.sampling import Draws, Path, gumbel_noise, process
+from parlay.types import Row, RowResult, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What verification returned.
+
+    Attributes:
+        logits: [N, vocab]; per sampling row the last known token's line, then one per node.
+        first_read: Per row, its first line; -1 where the row does not sample.
+        prompt_logprobs: Per row, for the prompt positions of this step that were asked for.
+    """
+
+    logits: torch.Tensor
+    first_read: tuple[int, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Walk:
+    """One row on its way down its tree."""
+
+    row: Row
+    draft: Draft | None
+    first_read: int
+    node: int = -1
+    accepted: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    children: dict[int, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.children = self.draft.tree.children() if self.draft else {}
+
+    @property
+    def read(self) -> int:
+        """The line of logits that follow the current node."""
+        return self.first_read + 1 + self.node
+
+    @property
+    def reads(self) -> list[int]:
+        """The lines behind every emitted token."""
+        return [self.first_read, *(self.first_read + 1 + node for node in self.accepted)]
+
+    @property
+    def options(self) -> list[int]:
+        """Tokens of the current node's children, in draw order."""
+        if self.draft is None:
+            return []
+        return [self.draft.tokens[child] for child in self.children.get(self.node, ())]
+
+    def proposal(self) -> torch.Tensor | None:
+        """[vocab] what the current node's children were drawn from, where they were sampled."""
+        if self.draft is None or self.draft.probs is None or self.node not in self.children:
+            return None
+        return self.draft.probs[sorted(self.children).index(self.node)]
+
+    def take(self, token: int) -> bool:
+        """Emits a token and follows it into the tree; False when the walk has ended."""
+        self.emitted.append(token)
+        for child in self.children.get(self.node, ()):
+            if self.draft is not None and self.draft.tokens[child] == token:
+                self.node = child
+                self.accepted.append(child)
+                return True
+        return False
+
+    def path(self, eos: tuple[int, ...]) -> Path:
+        """What the processing of the current node's logits may depend on."""
+        row, params = self.row, self.row.request.params
+        prompt = len(row.request.prompt)
+        output = [*row.tokens[prompt:], *self.emitted]
+        ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos)) if len(output) < params.min_tokens else ()
+        return Path(params, row.tokens[:prompt], output, ends)
+
+    def key(self) -> tuple[int, int, int]:
+        params = self.row.request.params
+        position = len(self.row.tokens) - len(self.row.request.prompt) + len(self.emitted)
+        return params.seed or 0, self.row.choice, position
+
+
+class Acceptor:
+    """Applies each request's verification mode to a step's scores.
+
+    Args:
+        draws: The source of chance for `optimal` rows.
+        eos: End-of-sequence ids, which may not come before a request's `min_tokens`.
+    """
+
+    def __init__(self, draws: Draws, eos: Sequence[int]) -> None:
+        self.draws = draws
+        self.eos = tuple(eos)
+
+    def accept(self, rows: Sequence[Row], drafts: Sequence[Draft | None], scores: Scores) -> tuple[RowResult, ...]:
+        """Walks every sampling row down its tree and returns one result per row."""
+        walks = [
+            _Walk(row, draft, first) for row, draft, first in zip(rows, drafts, scores.first_read, strict=True)
+        ]
+        sampling = [walk for walk in walks if walk.first_read >= 0]
+        self._walk_argmax([walk for walk in sampling if self._is_argmax(walk)], scores.logits)
+        self._walk_levels([walk for walk in sampling if not self._is_argmax(walk)], scores.logits)
+        logprobs = self._logprobs(sampling, scores.logits)
+        return tuple(
+            RowResult(
+                method=walk.draft.method if walk.draft else None,
+                drafted=len(walk.draft.tree) if walk.draft else 0,
+                accepted=tuple(walk.accepted),
+                emitted=tuple(walk.emitted),
+                logprobs=logprobs.get(walk.row.seq, ()),
+                prompt_logprobs=prompt,
+            )
+            for walk, prompt in zip(walks, scores.prompt_logprobs, strict=True)
+        )
+
+    def _is_argmax(self, walk: _Walk) -> bool:
+        """Whether the row only ever needs the raw logits' argmax."""
+        params = walk.row.request.params
+        return params.mode == "greedy" and not params.min_tokens and Path(params, (), ()).is_plain
+
+    def _walk_argmax(self, walks: Sequence[_Walk], logits: torch.Tensor) -> None:
+        if walks:
+            best = logits.argmax(-1).tolist()
+            for walk in walks:
+                while walk.take(best[walk.read]):
+                    pass
+
+    def _walk_levels(self, walks: Sequence[_Walk], logits: torch.Tensor) -> None:
+        """Moves all rows down together, one level at a time, so that only visited nodes are ever processed."""
+        while walks:
+            lines = torch.tensor([walk.read for walk in walks], device=logits.device)
+            current = logits.index_select(0, lines)
+            current = current.to(torch.promote_types(current.dtype, torch.float32))
+            tokens = self._choose(walks, process(current, [walk.path(self.eos) for walk in walks]))
+            walks = [walk for walk, token in zip(walks, tokens, strict=True) if walk.take(token)]
+
+    def _choose(self, walks: Sequence[_Walk], logits: torch.Tensor) -> list[int]:
+        """One token per walk from processed logits [A, vocab], by the mode of each."""
+        tokens = [0] * len(walks)
+        by_rule: dict[str, list[int]] = {}
+        for line, walk in enumerate(walks):
+            mode = walk.row.request.params.mode
+            by_rule.setdefault("residual" if mode == "optimal" and walk.proposal() is not None else mode, []).append(line)
+        for rule, lines in by_rule.items():
+            chosen = logits[torch.tensor(lines, device=logits.device)]
+            some = [walks[line] for line in lines]
+            if rule == "greedy":
+                found = chosen.argmax(-1)
+            elif rule == "coupled":
+                noise = gumbel_noise([walk.key() for walk in some], chosen.shape[-1], chosen.device)
+                found = (chosen + noise).argmax(-1)
+            elif rule == "optimal":
+                found = self.draws.categorical(chosen.softmax(-1))
+            else:
+                found = self._residual(some, chosen.softmax(-1))
+            for line, token in zip(lines, found.tolist(), strict=True):
+                tokens[line] = token
+        return tokens
+
+    def _residual(self, walks: Sequence[_Walk], target: torch.Tensor) -> torch.Tensor:
+        """Sequoia's verification of children drawn without replacement, all rows at once, child by child.
+
+        R starts as the target's distribution and D as the drafter's. Child s is accepted with probability
+        min(1, R[s] / D[s]); otherwise R becomes the normalised max(R - D, 0) and s leaves D. When D is used up it
+        becomes uniform over what has not been rejected. After the last child the token is a sample from R.
+
+        Args:
+            walks: Rows whose current node has sampled children.
+            target: [A, vocab] probabilities.
+
+        Returns:
+            [A] tokens.
+        """
+        proposals = [walk.proposal() for walk in walks]
+        draft = torch.stack([p for p in proposals if p is not None]).to(target)
+        options = [walk.options for walk in walks]
+        result = torch.full((len(walks),), -1, dtype=torch.long, device=target.device)
+        rejected = torch.zeros_like(target, dtype=torch.bool)
+        target = target.clone()
+        for turn in range(max(map(len, options))):
+            lines = [i for i, some in enumerate(options) if turn < len(some) and result[i] < 0]
+            if not lines:
+                break
+            line = torch.tensor(lines, device=target.device)
+            guess = torch.tensor([options[i][turn] for i in lines], device=target.device)
+            wanted, offered = target[line, guess], draft[line, guess]
+            ratio = torch.where(offered > 0, wanted / offered, torch.zeros_like(wanted)).clamp(max=1)
+            accepted = self.draws.accept(ratio)
+            result[line[accepted]] = guess[accepted]
+            line, guess = line[~accepted], guess[~accepted]
+            target[line] = _normalised((target[line] - draft[line]).clamp(min=0), target[line])
+            rejected[line, guess] = True
+            left = draft[line].masked_fill(rejected[line], 0)
+            draft[line] = _normalised(left, _normalised((~rejected[line]).to(left), left))
+        undecided = result < 0
+        if bool(undecided.any()):
+            result[undecided] = self.draws.categorical(target[undecided])
+        return result
+
+    def _logprobs(self, walks: Sequence[_Walk], logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """Log-probabilities of emitted tokens for the rows that asked, from the raw logits."""
+        found: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for walk in walks:
+            count = walk.row.request.params.logprobs
+            if count is not None:
+                lines = torch.tensor(walk.reads, device=logits.device)
+                found[walk.row.seq] = token_logprobs(logits.index_select(0, lines), walk.emitted, count)
+        return found
+
+
+def _normalised(mass: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+    """Rows of [A, vocab] scaled to sum 1; rows without any mass come from `instead`."""
+    total = mass.sum(-1, keepdim=True)
+    return torch.where(total > 0, mass / total.clamp(min=torch.finfo(mass.dtype).tiny), instead)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probability of each token and of the `count` most likely ones. logits: [A, vocab], raw."""
+    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(count, dim=-1)
+    tops = [tuple(zip(line, row, strict=True)) for line, row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return tuple(TokenLogprobs(*entry) for entry in zip(tokens, chosen, tops, strict=True))

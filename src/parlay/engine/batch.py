@@ -1,0 +1,225 @@
+"""The one place where a step's host lists become tensors.
+
+A step is packed: for every row its known tokens, then its tree's nodes. A known token at position p is stored in
+slot(p). Tree node i is stored in slot(len(tokens) + i), a scratch place, and stands at position
+len(tokens) - 1 + depth. It sees all known tokens, its ancestors and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from parlay.engine.blocks import NULL_PAGE
+from parlay.types import Row, Tree
+
+NO_TREE = Tree(())
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a drafter bet on one row.
+
+    Attributes:
+        method: The drafter's name.
+        tree: The shape; at most the planned one.
+        tokens: One per node.
+        probs: None for deterministic guesses. Otherwise the distribution each node's children were drawn from,
+            without replacement and in node order: one row per inner node, the root first, then by node number,
+            [num_inner, vocab].
+    """
+
+    method: str
+    tree: Tree
+    tokens: tuple[int, ...]
+    probs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionGroup:
+    """Rows with similar query counts, padded to a rectangle.
+
+    Attributes:
+        queries: [R, Q] indices of packed tokens; padding repeats a row's last one.
+        slots: [R, S] KV slots in row order; padding points into the null page.
+        query_positions: [R, Q].
+        key_positions: [R, S].
+        visible: [R, Q, S], True where the query may look.
+    """
+
+    queries: torch.Tensor
+    slots: torch.Tensor
+    query_positions: torch.Tensor
+    key_positions: torch.Tensor
+    visible: torch.Tensor
+    _masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype, folds: int) -> torch.Tensor:
+        """Additive mask [R, 1, folds * Q, S], the query block repeated once per query head of a KV head.
+
+        A window of w lets a query at position p see positions above p - w, as transformers counts.
+        """
+        key = (window, dtype, folds)
+        if key not in self._masks:
+            visible = self.visible
+            if window is not None:
+                distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+                visible = visible & (distance < window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            mask.masked_fill_(~visible, float("-inf"))
+            self._masks[key] = mask.repeat(1, folds, 1)[:, None]
+        return self._masks[key]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardBatch:
+    """Everything one forward pass needs, packed over rows.
+
+    Attributes:
+        tokens: [T].
+        positions: [T].
+        slots: [T] where each token's KV is written.
+        groups: The attention rectangles.
+        unpack: [T] position of each token in the concatenated, flattened groups; None when it is the identity.
+        reads: [N] packed tokens whose logits somebody reads: per sampling row its last known token, then its nodes.
+        first_read: Per row, where its logits begin in `reads`; -1 where it has none.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    groups: tuple[AttentionGroup, ...]
+    unpack: torch.Tensor | None
+    reads: torch.Tensor
+    first_read: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedRow:
+    """One row on the host."""
+
+    tokens: np.ndarray  # [q]
+    positions: np.ndarray  # [q]
+    slots: np.ndarray  # [q]
+    context: np.ndarray  # [s] slots of everything the row may look at: known tokens, then nodes
+    context_positions: np.ndarray  # [s]
+    visible: np.ndarray  # [q, s]
+
+
+def ancestors(tree: Tree) -> np.ndarray:
+    """[n, n], True where the column is the row's ancestor or the row itself."""
+    mask = np.eye(len(tree), dtype=bool)
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask
+
+
+def _pack_row(row: Row, draft: Draft | None, page_size: int) -> _PackedRow:
+    tree = draft.tree if draft else NO_TREE
+    end = row.start + row.count
+    pages = np.asarray(row.pages, dtype=np.int64)
+    index = np.arange(end + len(tree))
+    context = pages[index // page_size] * page_size + index % page_size
+    known = np.arange(end)
+    nodes = end - 1 + np.asarray(tree.depths, dtype=np.int64)
+    positions = np.concatenate([known[row.start :], nodes])
+    visible = np.concatenate([known, np.full(len(tree), end + len(tree))])[None, :] <= positions[:, None]
+    if tree:
+        visible[row.count :, end:] = ancestors(tree)
+    return _PackedRow(
+        tokens=np.asarray([*row.tokens[row.start : end], *(draft.tokens if draft else ())], dtype=np.int64),
+        positions=positions,
+        slots=context[row.start :],
+        context=context,
+        context_positions=np.concatenate([known, nodes]),
+        visible=visible,
+    )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _group(
+    rows: Sequence[_PackedRow], members: Sequence[int], starts: Sequence[int], device: torch.device
+) -> AttentionGroup:
+    width = max(len(rows[i].tokens) for i in members)
+    span = max(len(rows[i].context) for i in members)
+    queries = np.zeros((len(members), width), dtype=np.int64)
+    query_positions = np.zeros((len(members), width), dtype=np.int64)
+    slots = np.full((len(members), span), NULL_PAGE, dtype=np.int64)
+    key_positions = np.zeros((len(members), span), dtype=np.int64)
+    visible = np.zeros((len(members), width, span), dtype=bool)
+    for line, i in enumerate(members):
+        row, q, s = rows[i], len(rows[i].tokens), len(rows[i].context)
+        queries[line] = starts[i] + np.minimum(np.arange(width), q - 1)
+        query_positions[line, :q], query_positions[line, q:] = row.positions, row.positions[-1]
+        slots[line, :s] = row.context
+        key_positions[line, :s] = row.context_positions
+        visible[line, :q, :s], visible[line, q:, :s] = row.visible, row.visible[-1]
+    tensors = (queries, slots, query_positions, key_positions, visible)
+    return AttentionGroup(*(torch.from_numpy(array).to(device) for array in tensors))
+
+
+def _groups(
+    rows: Sequence[_PackedRow], starts: Sequence[int], device: torch.device
+) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
+    """Buckets rows by query count, to powers of two, and says where each token ends up."""
+    buckets: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        buckets.setdefault(_power_of_two(len(row.tokens)), []).append(i)
+    groups, offset = [], 0
+    unpack = np.empty(sum(len(row.tokens) for row in rows), dtype=np.int64)
+    for members in buckets.values():
+        group = _group(rows, members, starts, device)
+        groups.append(group)
+        for i in members:
+            q = len(rows[i].tokens)
+            unpack[starts[i] : starts[i] + q] = np.arange(offset, offset + q)
+            offset += group.queries.shape[1]
+    identity = offset == len(unpack) and bool((unpack == np.arange(offset)).all())
+    return tuple(groups), None if identity else torch.from_numpy(unpack).to(device)
+
+
+def pack(
+    rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device
+) -> ForwardBatch:
+    """Packs the rows of a step, trees of any shape beside known tokens of any count."""
+    packed = [_pack_row(row, draft, page_size) for row, draft in zip(rows, drafts, strict=True)]
+    starts = np.cumsum([0, *(len(row.tokens) for row in packed)]).tolist()
+    reads: list[int] = []
+    first_read: list[int] = []
+    for i, row in enumerate(rows):
+        first_read.append(len(reads) if row.samples else -1)
+        if row.samples:
+            reads.extend(range(starts[i] + row.count - 1, starts[i + 1]))
+    groups, unpack = _groups(packed, starts, device)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(row, name) for row in packed])).to(device)
+
+    return ForwardBatch(
+        tokens=joined("tokens"),
+        positions=joined("positions"),
+        slots=joined("slots"),
+        groups=groups,
+        unpack=unpack,
+        reads=torch.tensor(reads, dtype=torch.long, device=device),
+        first_read=tuple(first_read),
+    )
+
+
+def kept_slots(row: Row, accepted: Sequence[int], page_size: int) -> Iterator[tuple[int, int]]:
+    """Where accepted nodes' KV is, and where it belongs: position by position after the known tokens."""
+    end = row.start + row.count
+
+    def slot(index: int) -> int:
+        return row.pages[index // page_size] * page_size + index % page_size
+
+    for depth, node in enumerate(accepted):
+        if node != depth:
+            yield slot(end + node), slot(end + depth)

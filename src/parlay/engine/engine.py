@@ -1,0 +1,209 @@
+"""The engine: one step is a page."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import psutil
+import torch
+
+from parlay import registry
+from parlay.config import EngineConfig
+from parlay.drafters.base import Drafters
+from parlay.engine import self_check
+from parlay.engine.accept import Acceptor
+from parlay.engine.blocks import Blocks
+from parlay.engine.checkpoint import resolve
+from parlay.engine.kv import PagedKV
+from parlay.engine.model import LoadedModel, TargetModel, load_model
+from parlay.engine.output import OutputStream
+from parlay.engine.sampling import FreshDraws
+from parlay.engine.scheduler import Scheduler
+from parlay.engine.tokenizer import Tokenizer
+from parlay.types import Delta, InvalidRequest, Request, Row, RowResult, StepResult
+
+
+class Engine:
+    """Continuous batching with lossless speculation over one model. Not thread-safe: one thread owns it.
+
+    Args:
+        config: What to serve, and how.
+
+    Raises:
+        CheckpointError: when the model cannot be had.
+        UnsupportedModel: when it could not be served exactly.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        strict = config.parity == "strict"
+        loaded = load_model(resolve(config.model), config)
+        expected = self_check.reference(loaded) if config.self_check else None
+        self.tokenizer = Tokenizer(loaded.tokenizer)
+        self.eos = _eos(loaded)
+        self.vocab_size = int(loaded.config.vocab_size)
+        self.max_model_len = _max_model_len(config, loaded)
+        num_pages = _num_pages(config, loaded, self.max_model_len)
+        self.model = TargetModel(loaded, num_pages, config.page_size, strict)
+        if expected is not None:
+            self_check.check(self.model, expected)
+        self.scheduler = Scheduler(config, Blocks(num_pages, config.page_size), self.max_model_len)
+        bet = config.speculation
+        self.drafters = Drafters([])
+        self.policy = registry.policies.create("off")
+        if bet.method is not None:
+            branches = bet.tree.parents.count(-1)
+            drafter = registry.drafters.create(bet.method, depth=bet.tree.depth, branches=branches)
+            self.drafters = Drafters([drafter])
+            self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree)
+        self._random = random.Random(config.seed)
+        generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
+        self.acceptor = Acceptor(FreshDraws(generator), self.eos)
+        self._streams: dict[int, OutputStream] = {}
+
+    # ---- requests -------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            InvalidRequest: naming the field and the remedy.
+        """
+        params = request.params
+        if not request.prompt:
+            raise InvalidRequest("prompt: must not be empty", "prompt")
+        for name, ids in (
+            ("prompt", request.prompt),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if not all(0 <= token < self.vocab_size for token in ids):
+                raise InvalidRequest(f"{name}: token ids must be from 0 to {self.vocab_size - 1}", name)
+        if params.mode == "coupled" and params.seed is None:
+            params = replace(params, seed=self._random.getrandbits(63))
+            request = replace(request, params=params)
+        limit = self.max_model_len - len(request.prompt)
+        if params.max_tokens is not None:
+            limit = min(limit, params.max_tokens)
+        for seq in self.scheduler.add(request):
+            self._streams[seq.seq] = OutputStream(request, seq.choice, self.tokenizer, self.eos, limit)
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request and frees its pages at once; unknown ids are ignored."""
+        for seq in self.scheduler.abort(request_id):
+            self._forget(seq.seq)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # ---- a step ---------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Advances every scheduled row by at least one token, or by a chunk of its prompt."""
+        lap = _Laps()
+        rows = self.scheduler.schedule()
+        lap("schedule")
+        offers = self.drafters.offer(rows)
+        plan = self.policy.plan(rows, offers, self.scheduler.budget)
+        plan = self.scheduler.reserve(rows, plan)
+        lap("plan")
+        drafts = self.drafters.draft(rows, plan)
+        lap("draft")
+        scores = self.model.verify(rows, drafts, self.scheduler.take_page_copies())
+        lap("verify")
+        results = self.acceptor.accept(rows, drafts, scores)
+        lap("accept")
+        deltas, results = self._read_out(rows, results)
+        lap("detokenise")
+        self.model.compact(rows, results)
+        result = StepResult(results, lap.seconds)
+        self.drafters.commit(rows, results)
+        self.scheduler.commit(rows, result)
+        self._finish(rows, deltas)
+        lap("commit")
+        self.policy.observe(rows, result)
+        return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
+
+    def _read_out(self, rows: list[Row], results: tuple[RowResult, ...]) -> tuple[list[Delta], tuple[RowResult, ...]]:
+        """Turns tokens into text, and cuts each row's result where its output ends."""
+        deltas = [self._streams[row.seq].take(got) for row, got in zip(rows, results, strict=True)]
+        cut = tuple(
+            got if len(delta.tokens) == len(got.emitted) else _cut(got, len(delta.tokens))
+            for got, delta in zip(results, deltas, strict=True)
+        )
+        return deltas, cut
+
+    def _finish(self, rows: list[Row], deltas: list[Delta]) -> None:
+        ended = {row.seq for row, delta in zip(rows, deltas, strict=True) if delta.finish_reason}
+        for seq in [seq for seq in self.scheduler.running if seq.seq in ended]:
+            self.scheduler.remove(seq)
+            self._forget(seq.seq)
+
+    def _forget(self, seq: int) -> None:
+        self._streams.pop(seq, None)
+        self.drafters.forget(seq)
+
+    def check_integrity(self) -> None:
+        """Checks pages, sequences and outputs against each other.
+
+        Raises:
+            AssertionError: naming the first broken invariant.
+        """
+        self.scheduler.check_integrity()
+        live = {seq.seq for seq in self.scheduler.sequences()}
+        assert live == self._streams.keys(), "an output stream without a sequence, or the other way round"
+
+
+def _cut(result: RowResult, count: int) -> RowResult:
+    return replace(
+        result,
+        emitted=result.emitted[:count],
+        accepted=result.accepted[:count],
+        logprobs=result.logprobs[:count],
+    )
+
+
+class _Laps:
+    """Seconds by part of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+def _eos(loaded: LoadedModel) -> tuple[int, ...]:
+    """Every id that ends an output: the generation configuration's, and the tokenizer's own."""
+    listed = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({int(i) for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None}))
+
+
+def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
+    if config.max_model_len is None:
+        return loaded.context
+    if config.max_model_len > loaded.context:
+        raise ValueError(
+            f"max_model_len: {config.max_model_len} exceeds the model's context of {loaded.context}; lower it"
+        )
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> int:
+    """Pages of the pool, the null page included: what was asked for, or what rows can use within a share of memory."""
+    page_bytes = PagedKV.bytes_per_position(loaded.shapes, loaded.dtype) * config.page_size
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory // page_bytes
+    if loaded.device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(loaded.device)[0] * 0.8)
+    else:
+        memory = psutil.virtual_memory().available // 4
+    useful = config.max_num_seqs * -(-max_model_len // config.page_size)
+    return 1 + min(useful, memory // page_bytes)

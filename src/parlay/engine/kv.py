@@ -1,0 +1,66 @@
+"""The paged KV store: one key and one value tensor per layer, addressed by slot = page * page_size + offset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one layer keeps per position."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+class PagedKV:
+    """Keys and values of every layer by slot.
+
+    Pools start zeroed: a masked position is still multiplied by its weight of 0, which only a finite value survives.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KVShape],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        slots = num_pages * page_size
+        self.keys = [torch.zeros(slots, s.heads, s.key_size, dtype=dtype, device=device) for s in layers]
+        self.values = [torch.zeros(slots, s.heads, s.value_size, dtype=dtype, device=device) for s in layers]
+
+    @staticmethod
+    def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:
+        return sum(shape.heads * (shape.key_size + shape.value_size) for shape in layers) * dtype.itemsize
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores new positions. slots: [T]; key: [T, heads, key_size]; value: [T, heads, value_size]."""
+        self.keys[layer].index_copy_(0, slots, key)
+        self.values[layer].index_copy_(0, slots, value)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole pages (source, destination); a later copy to the same page wins."""
+        if copies:
+            last = {destination: source for source, destination in copies}
+            offsets = range(self.page_size)
+            self.move(
+                [source * self.page_size + offset for source in last.values() for offset in offsets],
+                [destination * self.page_size + offset for destination in last for offset in offsets],
+            )
+
+    def move(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copies slots in every layer; all sources are read before anything is written."""
+        if not sources:
+            return
+        device = self.keys[0].device
+        source = torch.tensor(sources, device=device)
+        destination = torch.tensor(destinations, device=device)
+        for pool in (*self.keys, *self.values):
+            pool.index_copy_(0, destination, pool.index_select(0, source))

@@ -1,0 +1,243 @@
+"""The target model behind one seam: `verify` scores known tokens and trees of any shape in one packed pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from parlay.config import EngineConfig
+from parlay.engine import attention
+from parlay.engine.accept import Scores, token_logprobs
+from parlay.engine.attention import GatheredAttention, ProbeAttention, UnsupportedModel, forward_batch
+from parlay.engine.batch import Draft, kept_slots, pack
+from parlay.engine.checkpoint import ModelSource, load
+from parlay.engine.kv import KVShape, PagedKV
+from parlay.engine.segments import SegmentedModel
+from parlay.engine.strict import TILE, StrictAttention, tiles
+from parlay.types import Row, RowResult, TokenLogprobs
+
+HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
+_PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot be served exactly, in a sentence; None if nothing is known against it."""
+    name = config.model_type
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder model, and Parlay serves decoder-only language models"
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_ATTENTION)
+    if kinds:
+        return f"{name} has {', '.join(kinds)} layers, whose state cannot be rolled back after a rejected guess"
+    if getattr(config, "kv_lora_rank", None):
+        return f"{name} compresses its KV cache (multi-head latent attention), which Parlay does not support yet"
+    if not getattr(config, "num_attention_heads", None):
+        return f"{name} has no attention layers, so its state cannot be rolled back after a rejected guess"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A checkpoint in memory, before it is given a KV pool."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    config: PreTrainedConfig
+    layers: nn.ModuleList
+    shapes: tuple[KVShape, ...]
+    windows: tuple[int | None, ...]
+    returns_tuple: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """The model's own context limit."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
+
+
+def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
+    """Loads a checkpoint and learns from one small pass what its layers keep.
+
+    Raises:
+        UnsupportedModel: in a sentence, for an architecture that could not be served exactly.
+        CheckpointError: when the checkpoint cannot be had or read.
+    """
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    if not source.gguf_file:
+        _refuse_if(_config_refusal(source))
+    model, tokenizer = load(source, dtype, device, attn_implementation="eager")
+    _refuse_if(refusal(model.config))
+    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
+        _refuse_if(f"{model.config.model_type} does not go through transformers' attention interface")
+    layers = _layer_list(model)
+    returns_tuple: list[bool] = []
+    hook = layers[0].register_forward_hook(lambda _m, _a, out: returns_tuple.append(isinstance(out, tuple)))
+    probe = ProbeAttention({}, {})
+    model.set_attn_implementation(attention.NAME)
+    with torch.inference_mode(), forward_batch(probe):
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    hook.remove()
+    model.set_attn_implementation("eager")
+    if sorted(probe.shapes) != list(range(len(layers))):
+        _refuse_if(f"{model.config.model_type} attends in {len(probe.shapes)} of its {len(layers)} layers only")
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        layers=layers,
+        shapes=tuple(probe.shapes[i] for i in range(len(layers))),
+        windows=tuple(probe.windows[i] for i in range(len(layers))),
+        returns_tuple=returns_tuple[0],
+        device=device,
+        dtype=dtype,
+    )
+    _refuse_if(_window_refusal(loaded))
+    if config.parity == "strict" and any(getattr(model.config, k, None) for k in ("num_experts", "num_local_experts")):
+        _refuse_if("mixture-of-experts models regroup tokens by expert, so --parity strict cannot hold for them")
+    return loaded
+
+
+def _refuse_if(reason: str | None) -> None:
+    if reason:
+        raise UnsupportedModel(reason)
+
+
+def _config_refusal(source: ModelSource) -> str | None:
+    """Looks at the configuration alone, before any weights are fetched; `load` explains what cannot be read."""
+    try:
+        return refusal(AutoConfig.from_pretrained(source.path, trust_remote_code=False))
+    except (OSError, ValueError):
+        return None
+
+
+def _window_refusal(loaded: LoadedModel) -> str | None:
+    window = getattr(loaded.config, "sliding_window", None)
+    kinds = getattr(loaded.config, "layer_types", None)
+    windowed = window is not None and getattr(loaded.config, "use_sliding_window", True)
+    expected = windowed and (kinds is None or "sliding_attention" in kinds) and window < loaded.context
+    if expected and not any(loaded.windows):
+        return f"{loaded.config.model_type} has a sliding window that it does not pass to its attention function"
+    return None
+
+
+def _layer_list(model: Any) -> nn.ModuleList:
+    count = model.config.num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise UnsupportedModel(f"{model.config.model_type} has no single list of {count} decoder layers")
+    return found[0]
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else the fastest type that is safe."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+class TargetModel:
+    """Scores a step and keeps its KV.
+
+    Args:
+        loaded: The checkpoint.
+        num_pages: Pages of the KV pool, the null page included.
+        page_size: Positions per page.
+        strict: Run shape-invariantly; see `strict`.
+    """
+
+    def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
+        self.device, self.dtype = loaded.device, loaded.dtype
+        self.strict = strict
+        self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
+        loaded.model.set_attn_implementation(attention.NAME)
+        self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
+
+    @torch.inference_mode()
+    def verify(
+        self, rows: Sequence[Row], drafts: Sequence[Draft | None], page_copies: Sequence[tuple[int, int]] = ()
+    ) -> Scores:
+        """Runs every row's known tokens and guesses in one pass and writes their KV.
+
+        Args:
+            rows: The step's rows.
+            drafts: A tree of guesses, or None, per row.
+            page_copies: Pages to copy first (source, destination).
+
+        Returns:
+            Logits of each sampling row's last known token and of every node, and wanted prompt log-probabilities.
+        """
+        self.kv.copy_pages(page_copies)
+        batch = pack(rows, drafts, self.kv.page_size, self.device)
+        if self.strict:
+            hidden = self._run_tiles(rows, drafts)
+            pieces = [*self._head(hidden.index_select(0, batch.reads))]
+            logits = torch.cat(pieces) if pieces else hidden[:0]
+        else:
+            with forward_batch(GatheredAttention(self.kv, batch)):
+                out = self.segments(batch.tokens, batch.positions, reads=batch.reads)
+            hidden, logits = out.hidden, out.logits
+        return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden))
+
+    def _run_tiles(self, rows: Sequence[Row], drafts: Sequence[Draft | None]) -> torch.Tensor:
+        """[T, hidden] before the norm, from passes of one shape."""
+        hidden = []
+        for tile in tiles(rows, drafts, self.kv.page_size, self.device):
+            with forward_batch(StrictAttention(self.kv, tile)):
+                hidden.append(self.segments(tile.tokens, tile.positions).hidden)
+        return torch.cat(hidden)
+
+    def _head(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Norm and head over [N, hidden] in chunks; in strict mode all of one shape."""
+        none = range(self.segments.num_layers, self.segments.num_layers)
+        size = TILE if self.strict else HEAD_CHUNK
+        for chunk in hidden.split(size) if len(hidden) else ():
+            count = len(chunk)
+            if self.strict:
+                chunk = torch.cat([chunk, chunk.new_zeros(size - count, chunk.shape[1])])
+            blank = torch.zeros(len(chunk), dtype=torch.long, device=self.device)
+            reads = torch.arange(len(chunk), device=self.device)
+            yield self.segments(blank, blank, layers=none, hidden=chunk, reads=reads).logits[:count]
+
+    def _prompt_logprobs(
+        self, rows: Sequence[Row], drafts: Sequence[Draft | None], hidden: torch.Tensor
+    ) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        found: list[tuple[TokenLogprobs, ...]] = []
+        start = 0  # of the row in the packed step
+        for row, draft in zip(rows, drafts, strict=True):
+            wanted, count = row.prompt_reads, row.request.params.prompt_logprobs
+            scored: list[TokenLogprobs] = []
+            if wanted and count is not None:
+                lines = [start + position - row.start for position in wanted]
+                following = [row.tokens[position + 1] for position in wanted]
+                for logits in self._head(hidden[lines]):
+                    scored += token_logprobs(logits, following[len(scored) : len(scored) + len(logits)], count)
+            found.append(tuple(scored))
+            start += row.count + (len(draft.tree) if draft else 0)
+        return tuple(found)
+
+    @torch.inference_mode()
+    def compact(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+        """Moves accepted guesses' KV to its place behind the known tokens."""
+        moves = [
+            move
+            for row, result in zip(rows, results, strict=True)
+            for move in kept_slots(row, result.accepted, self.kv.page_size)
+        ]
+        if moves:
+            sources, destinations = zip(*moves, strict=True)
+            self.kv.move(sources, destinations)

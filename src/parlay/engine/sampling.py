@@ -1,0 +1,224 @@
+"""From logits to tokens: one order of processing, shared by target and drafters, and the sources of randomness.
+
+The order is: bias (and tokens forbidden for now), penalties, temperature, top-k, top-p, min-p. Processing is a pure
+function of a request's parameters and the tokens of the path it is applied to, so a penalty sees the guesses of its
+own path and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from parlay.types import SamplingParams
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The tokens behind one distribution: a prompt, what was emitted, and the guesses accepted so far.
+
+    `forbidden` are ids that may not come next (ends of sequence before `min_tokens`).
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    forbidden: tuple[int, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether processing would leave the order of the logits as it is."""
+        params = self.params
+        return not (self.forbidden or params.logit_bias or self.is_penalised)
+
+    @property
+    def is_penalised(self) -> bool:
+        params = self.params
+        return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
+
+
+def process(logits: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
+    """Applies every path's parameters to its logits.
+
+    Args:
+        logits: [A, vocab] in float32 or float64; not changed.
+        paths: One per line.
+
+    Returns:
+        [A, vocab], -inf where a token may not be chosen. Temperature 0 leaves the scale alone.
+    """
+    logits = logits.clone()
+    for line, path in enumerate(paths):
+        if path.params.logit_bias:
+            ids = torch.tensor(list(path.params.logit_bias), device=logits.device)
+            logits[line, ids] += torch.tensor(list(path.params.logit_bias.values()), device=logits.device)
+        if path.forbidden:
+            logits[line, torch.tensor(path.forbidden, device=logits.device)] = NEVER
+        if path.is_penalised:
+            _penalise(logits[line], path)
+    params = [path.params for path in paths]
+    temperatures = [p.temperature or 1.0 for p in params]
+    if any(t != 1 for t in temperatures):
+        logits /= logits.new_tensor(temperatures)[:, None]
+    for keep, wanted in (
+        (_top_k, [p.top_k > 0 and p.temperature > 0 for p in params]),
+        (_top_p, [p.top_p < 1 and p.temperature > 0 for p in params]),
+        (_min_p, [p.min_p > 0 and p.temperature > 0 for p in params]),
+    ):
+        lines = [line for line, wants in enumerate(wanted) if wants]
+        if lines:
+            index = torch.tensor(lines, device=logits.device)
+            logits[index] = keep(logits[index], [params[line] for line in lines])
+    return logits
+
+
+def _penalise(logits: torch.Tensor, path: Path) -> None:
+    """Repetition over prompt and output, presence and frequency over the output. logits: [vocab], in place."""
+    params, device = path.params, logits.device
+    output = torch.tensor(path.output, dtype=torch.long, device=device)
+    if params.repetition_penalty != 1:
+        seen = torch.cat([torch.tensor(path.prompt, dtype=torch.long, device=device), output]).unique()
+        scores = logits[seen]
+        factor = params.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    if params.presence_penalty or params.frequency_penalty:
+        seen, counts = output.unique(return_counts=True)
+        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
+
+
+def _top_k(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keeps everything that is no less likely than the k-th token."""
+    ks = torch.tensor([min(p.top_k, logits.shape[-1]) for p in params], device=logits.device)
+    best = logits.topk(int(ks.max()), dim=-1).values  # [A, k]
+    threshold = best.gather(1, ks[:, None] - 1)
+    return logits.masked_fill(logits < threshold, NEVER)
+
+
+def _top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keeps the smallest set of most likely tokens that holds the mass; tokens tied with its last stay too.
+
+    Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
+    """
+    mass = logits.new_tensor([p.top_p for p in params])[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    vocab, width = logits.shape[-1], 64
+    while True:
+        best = logits.topk(min(width, vocab), dim=-1).values
+        held = (best - total).exp().cumsum(-1)
+        if width >= vocab or bool((held[:, -1:] >= mass).all()):
+            break
+        width *= 8
+    last = (held < mass).sum(-1, keepdim=True).clamp(max=best.shape[-1] - 1)  # first index that reaches the mass
+    return logits.masked_fill(logits < best.gather(1, last), NEVER)
+
+
+def _min_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keeps tokens with at least this fraction of the top token's probability."""
+    fraction = logits.new_tensor([p.min_p for p in params])[:, None]
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction.log(), NEVER)
+
+
+class Draws(Protocol):
+    """Where the acceptor's chance comes from. A test replaces it to explore every branch with its probability."""
+
+    def accept(self, probability: torch.Tensor) -> torch.Tensor:
+        """probability: [A] -> [A] bool, each True with its own probability, independently."""
+        ...
+
+    def categorical(self, probs: torch.Tensor) -> torch.Tensor:
+        """probs: [A, vocab], rows summing to 1 -> [A] token ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FreshDraws:
+    """Fresh randomness at every call, in at least float32."""
+
+    generator: torch.Generator
+
+    def accept(self, probability: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(
+            probability.shape, dtype=probability.dtype, device=probability.device, generator=self.generator
+        )
+        return drawn < probability
+
+    def categorical(self, probs: torch.Tensor) -> torch.Tensor:
+        # The token whose exponential clock, running at the rate of its probability, rings first.
+        clocks = torch.empty_like(probs).exponential_(generator=self.generator)
+        return (probs / clocks).argmax(-1)
+
+
+def draw_without_replacement(probs: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Children of one node in draw order: the first `count` exponential clocks to ring.
+
+    Sequoia (Chen et al. 2024), section 4.2 and algorithm 2. Equivalent to drawing one, removing it, renormalising.
+
+    Args:
+        probs: [A, vocab] in at least float32.
+        count: Children per node.
+        generator: Used freshly at every call; reusing noise between steps would correlate a sequence's tokens.
+
+    Returns:
+        [A, count] ids; where a distribution has fewer possible tokens, the rest are uniform over the others, as the
+        verification assumes.
+    """
+    clocks = torch.empty_like(probs).exponential_(generator=generator)
+    return torch.where(probs > 0, probs / clocks, -clocks).topk(count, dim=-1).indices
+
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox 4x32-10: Salmon et al. 2011, table 2
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Philox 4x32-10, a counter-based generator: equal inputs give equal words on every device.
+
+    Args:
+        counter: Four broadcastable int64 tensors of 32-bit words.
+        key: Two of them.
+
+    Returns:
+        Four int64 tensors of 32-bit random words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, which leaves both 32-bit halves right once the sign is masked off.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _LOW) ^ c1 ^ k0,
+            second & _LOW,
+            ((first >> 32) & _LOW) ^ c3 ^ k1,
+            first & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seeds: Sequence[tuple[int, int, int]], vocab: int, device: torch.device) -> torch.Tensor:
+    """Gumbel noise that depends on (seed, choice, output position, token id) and on nothing else.
+
+    Args:
+        seeds: One (seed, choice, position) per line.
+        vocab: Number of tokens.
+        device: Where the noise is wanted.
+
+    Returns:
+        [A, vocab] float32. Drawn as -log(-log1p(-u)), which keeps the upper tail, the one that wins, accurate.
+    """
+    words = torch.tensor(
+        [[seed & _LOW, (seed >> 32) & _LOW, choice, position] for seed, choice, position in seeds],
+        device=device,
+    ).T[:, :, None]
+    blocks = torch.arange(-(-vocab // 4), device=device)[None, :]
+    zero = torch.zeros_like(blocks)
+    drawn = philox((blocks, words[3], words[2], zero), (words[0], words[1]))
+    bits = torch.stack(drawn, dim=-1).view(len(seeds), -1)[:, :vocab]
+    uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # 1 would make the noise infinite
+    return -torch.log(-torch.log1p(-uniform))

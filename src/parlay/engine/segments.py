@@ -1,0 +1,134 @@
+"""Runs a Hugging Face model in segments: embedding, any range of layers, norm and head.
+
+The model's own forward keeps its embedding, position encoding, norm, head and logit scaling, whatever they are. Its
+layers are replaced by stand-ins that only note how they were called; the last one then runs the real layers that
+were asked for, from the given hidden state, handing out the states that were tapped. A hook in front of the head
+keeps only the positions that somebody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOutput:
+    """What a segment gave: the hidden state after it, tapped states by layer, logits of the positions read."""
+
+    hidden: torch.Tensor  # [T, hidden]
+    taps: dict[int, torch.Tensor]  # after this many layers: [T, hidden]
+    logits: torch.Tensor  # [N, vocab]
+
+
+@dataclass(slots=True)
+class _Work:
+    """One forward's orders and findings, shared between the stand-ins and the head's hook."""
+
+    layers: range
+    hidden: torch.Tensor | None
+    taps: frozenset[int]
+    reads: torch.Tensor
+    tapped: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class _StandIn(nn.Module):
+    """Stands where a layer stood and notes how the model would have called it."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.returns_tuple = returns_tuple
+        self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.noted = (args, kwargs)
+        return (hidden_states,) if self.returns_tuple else hidden_states
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self.noted
+        out = self.layer(hidden, *args, **kwargs)
+        return out[0] if self.returns_tuple else out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # such as a layer's attention type, which models read from their layers
+            return getattr(self._modules["layer"], name)
+
+
+class SegmentedModel:
+    """A causal LM whose layers can be run range by range.
+
+    Args:
+        model: The Hugging Face model; it can only be called through this object afterwards.
+        layers: Its list of decoder layers.
+        returns_tuple: Whether those layers return a tuple around the hidden state.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, returns_tuple: bool) -> None:
+        self.model = model
+        self.num_layers = len(layers)
+        self._work: _Work | None = None
+        self._stand_ins = [_StandIn(layer, returns_tuple) for layer in layers]
+        for index, stand_in in enumerate(self._stand_ins):
+            layers[index] = stand_in
+        self._stand_ins[-1].register_forward_hook(self._run_layers)
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_read)  # type: ignore[operator]
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        layers: range | None = None,
+        hidden: torch.Tensor | None = None,
+        taps: Sequence[int] = (),
+        reads: torch.Tensor | None = None,
+    ) -> SegmentOutput:
+        """Runs one segment, inside a `forward_batch` scope.
+
+        Args:
+            tokens: [T] ids.
+            positions: [T].
+            layers: The layers to run; None runs all.
+            hidden: [T, hidden] state before the first of them; None starts from the embedding.
+            taps: Return the state after so many layers (0 is the embedding's).
+            reads: [N] positions in the packed step whose logits are wanted; None wants none.
+        """
+        work = _Work(
+            layers=range(self.num_layers) if layers is None else layers,
+            hidden=hidden,
+            taps=frozenset(taps),
+            reads=tokens[:0] if reads is None else reads,
+        )
+        self._work = work
+        logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
+        assert work.hidden is not None
+        return SegmentOutput(work.hidden, work.tapped, logits)
+
+    def _run_layers(self, _last: nn.Module, _args: Any, embedded: Any) -> Any:
+        work = self._work
+        assert work is not None
+        returns_tuple = isinstance(embedded, tuple)
+        if work.hidden is None:
+            hidden = embedded[0] if returns_tuple else embedded
+        else:
+            hidden = work.hidden[None]
+        if work.layers.start in work.taps:
+            work.tapped[work.layers.start] = hidden[0]
+        for index in work.layers:
+            hidden = self._stand_ins[index].run(hidden)
+            if index + 1 in work.taps:
+                work.tapped[index + 1] = hidden[0]
+        work.hidden = hidden[0]
+        return (hidden,) if returns_tuple else hidden
+
+    def _keep_read(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        work = self._work
+        assert work is not None
+        return (args[0].index_select(1, work.reads), *args[1:])

@@ -1,0 +1,83 @@
+"""At load, compares what the engine computes with plain transformers, on a tree beside another row's prefill."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import torch
+
+from parlay.engine.attention import UnsupportedModel
+from parlay.engine.batch import Draft
+from parlay.engine.model import LoadedModel, TargetModel
+from parlay.types import Request, Row, SamplingParams, Tree
+
+TREE = Tree((-1, -1, 0, 0, 1, 2))
+KNOWN, CACHED, OTHER = 9, 6, 7  # tokens of the row with the tree, those in KV before, tokens of the other row
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What plain transformers says, taken before the engine takes the model over.
+
+    Attributes:
+        tokens: The random tokens: the tree's row, the other row, the nodes.
+        logits: [1 + nodes + 1, vocab]: after the known tokens, after every node, after the other row.
+        spread: Root mean square difference between transformers' own results for the same tokens in other shapes.
+    """
+
+    tokens: tuple[int, ...]
+    logits: torch.Tensor
+    spread: float
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.to(torch.float64).square().mean().sqrt())
+
+
+@torch.inference_mode()
+def reference(loaded: LoadedModel) -> Reference:
+    """Runs each root-to-node path of the check as a sequence of its own."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, loaded.config.vocab_size, (KNOWN + OTHER + len(TREE),), generator=generator).tolist()
+    known, other, nodes = drawn[:KNOWN], drawn[KNOWN : KNOWN + OTHER], drawn[KNOWN + OTHER :]
+
+    def run(tokens: list[int]) -> torch.Tensor:
+        return loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0]
+
+    def path(node: int) -> list[int]:
+        return [*path(TREE.parents[node]), nodes[node]] if node >= 0 else known
+
+    logits = [run(path(node))[-1] for node in range(-1, len(TREE))]
+    full = run(known)
+    spread = max(_rms(run(known[:size])[-1] - full[size - 1]) for size in (1, 2, 5))
+    return Reference(tuple(drawn), torch.stack([*logits, run(other)[-1]]), spread)
+
+
+def check(model: TargetModel, expected: Reference) -> None:
+    """Verifies the same tree and prefill as one packed step.
+
+    Raises:
+        UnsupportedModel: when the difference exceeds what transformers itself shows between shapes.
+    """
+    known = expected.tokens[:KNOWN]
+    other = expected.tokens[KNOWN : KNOWN + OTHER]
+    nodes = expected.tokens[KNOWN + OTHER :]
+    per_row = -(-(KNOWN + len(TREE)) // model.kv.page_size)
+    pages = list(range(1, 1 + 2 * per_row))[::-1]
+
+    def row(tokens: tuple[int, ...], start: int, count: int, pages: list[int]) -> Row:
+        request = Request("self-check", tokens, SamplingParams(temperature=0))
+        return Row(0, request, 0, array("i", tokens), start, count, 0, len(TREE), pages)
+
+    model.verify([row(known, 0, CACHED, pages[:per_row])], [None])
+    rows = [row(known, CACHED, KNOWN - CACHED, pages[:per_row]), row(other, 0, OTHER, pages[per_row:])]
+    logits = model.verify(rows, [Draft("self-check", TREE, nodes), None]).logits
+    difference = _rms(logits - expected.logits)
+    allowed = 4 * expected.spread + torch.finfo(model.dtype).eps * _rms(expected.logits)
+    if not difference <= allowed:
+        raise UnsupportedModel(
+            "self-check failed: a packed step differs from plain transformers by "
+            f"{difference:.3g} (root mean square of logits), and {allowed:.3g} is what this dtype explains; "
+            "this architecture cannot be served exactly"
+        )

@@ -1,0 +1,228 @@
+"""The HTTP application and `serve`, which runs it until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import anyio
+import uvicorn
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI
+from rich.console import Console
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from parlay import __version__
+from parlay.config import EngineConfig
+from parlay.server.answers import EventStream, whole_answer
+from parlay.server.call import Call
+from parlay.server.chat import prepare_chat
+from parlay.server.completions import prepare_completion
+from parlay.server.contract import ServingEngine
+from parlay.server.errors import CLIENT_GONE, ApiError, install_error_handlers
+from parlay.server.transport import read_body, unless_gone
+from parlay.server.worker import EngineWorker
+
+MAX_BODY_BYTES = 8 * 2**20
+GRACE_SECONDS = 30  # what is in flight may finish for this long when the server stops
+
+Prepare = Callable[[bytes, ServingEngine, str], Call]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The endpoints over one engine.
+
+    Attributes:
+        worker: Runs the engine.
+        model: The name that clients ask for.
+        api_key: What clients must present; None lets everybody in.
+        max_body_bytes: Longer bodies are answered with 413.
+        created: When the model was loaded, in seconds since the epoch.
+    """
+
+    worker: EngineWorker
+    model: str
+    api_key: str | None
+    max_body_bytes: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    # One call at a time is read and tokenised, off the event loop: tokenizers are not safe to share between threads.
+    tokenising: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    def router(self) -> APIRouter:
+        """The routes; all but /health ask for the key."""
+        guarded = APIRouter(dependencies=[Depends(self.authorise)])
+        guarded.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
+        guarded.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
+        guarded.add_api_route("/v1/models", self.models, methods=["GET"])
+        guarded.add_api_route("/v1/models/{name:path}", self.model_card, methods=["GET"])
+        guarded.add_api_route("/version", self.version, methods=["GET"])
+        routes = APIRouter()
+        routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        routes.include_router(guarded)
+        return routes
+
+    async def authorise(self, request: Request) -> None:
+        if self.api_key is None:
+            return
+        shown = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(shown, b"Bearer " + self.api_key.encode()):
+            raise ApiError(
+                HTTPStatus.UNAUTHORIZED,
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._generate(prepare_chat, request)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._generate(prepare_completion, request)
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card()]}
+
+    async def model_card(self, name: str) -> dict[str, Any]:
+        if name != self.model:
+            message = f"model: this server has {self.model!r}, not {name!r}"
+            raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+        return self._card()
+
+    async def health(self) -> Response:
+        if self.worker.failure is not None:
+            return JSONResponse({"status": "failed", "reason": self.worker.failure}, HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse({"status": "ok"})
+
+    async def version(self) -> dict[str, str]:
+        return {"version": __version__}
+
+    async def _generate(self, prepare: Prepare, request: Request) -> Response:
+        body = await read_body(request, self.max_body_bytes)
+        call = await to_thread.run_sync(prepare, body, self.worker.engine, self.model, limiter=self.tokenising)
+        generation = await self.worker.submit(call.requests)
+        if call.stream:
+            return EventStream(call, generation)
+        try:
+            answer = await unless_gone(request, whole_answer(call, generation))
+        finally:
+            generation.close()
+        return Response(status_code=CLIENT_GONE) if answer is None else JSONResponse(answer)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "parlay",
+            "max_model_len": self.worker.engine.max_model_len,
+        }
+
+
+def create_app(
+    worker: EngineWorker, *, model: str, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> FastAPI:
+    """The application over a worker, which it starts and stops with itself."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(worker.stop)
+
+    # No schema pages: bodies are read and checked off the event loop, where FastAPI does not see their types.
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.include_router(Service(worker, model, api_key, max_body_bytes).router())
+    install_error_handlers(app)
+    return app
+
+
+def serve(
+    config: EngineConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    log_level: str = "warning",
+) -> None:
+    """Loads the model and serves it until SIGINT or SIGTERM.
+
+    Args:
+        config: What to build the engine from.
+        host: The address to listen on.
+        port: 0 takes a free one.
+        served_model_name: The name that clients ask for; None takes `config.model`.
+        api_key: What clients must present; None lets everybody in.
+        log_level: Of the HTTP server, from "critical" to "trace"; from "info" on every request is logged.
+
+    Raises:
+        OSError: when the address cannot be had, before anything is loaded.
+    """
+    from parlay.engine.engine import Engine  # loads torch: not for those who only build an app
+
+    listener = _bind(host, port)
+    try:
+        engine = Engine(config)
+        worker = EngineWorker(engine)
+        model = served_model_name or config.model
+        app = create_app(worker, model=model, api_key=api_key)
+        access_log = log_level in ("info", "debug", "trace")
+        settings = uvicorn.Config(
+            app, log_level=log_level, access_log=access_log, timeout_graceful_shutdown=GRACE_SECONDS, lifespan="on"
+        )
+        ready = f"{model} ({_precision(engine, config)}) is ready at {_url(listener)}"
+        try:
+            _AnnouncingServer(settings, ready).run(sockets=[listener])
+        finally:
+            worker.stop()  # a second Ctrl-C skips the app's own ending
+    except KeyboardInterrupt:  # uvicorn raises it again once all is closed
+        pass
+    finally:
+        listener.close()
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says one line once it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, line: str) -> None:
+        super().__init__(config)
+        self._line = line
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            Console().print(self._line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Takes the address without listening yet: until the model is loaded clients are refused, not left waiting."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _precision(engine: ServingEngine, config: EngineConfig) -> str:
+    dtype, device = getattr(engine, "dtype", config.dtype), getattr(engine, "device", config.device)
+    return f"{str(dtype).removeprefix('torch.')}, {device}"

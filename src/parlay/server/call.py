@@ -1,0 +1,115 @@
+"""One HTTP call, prepared: its requests to the engine and the form of its answer. Endpoints differ in the form only."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from parlay.server.contract import ServingEngine
+from parlay.server.errors import ApiError
+from parlay.server.schema import GenerationRequest
+from parlay.types import Delta, InvalidRequest, Request, SamplingParams
+
+MAX_CHOICES = 1024  # of one call, over all its prompts
+
+
+class AnswerForm(Protocol):
+    """How an endpoint writes a choice. A whole choice is one large delta."""
+
+    @property
+    def kind(self) -> str:
+        """The answer's `object`."""
+        ...
+
+    @property
+    def chunk_kind(self) -> str:
+        """A streamed chunk's `object`."""
+        ...
+
+    def choice(self, index: int, whole: Delta) -> dict[str, Any]: ...
+
+    def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]: ...
+
+    def shows(self, delta: Delta) -> bool:
+        """Whether a delta holds anything that a stream must pass on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was understood and tokenised."""
+
+    id: str
+    created: int
+    model: str
+    requests: tuple[Request, ...]
+    form: AnswerForm
+    stream: bool
+    include_usage: bool
+
+    @classmethod
+    def prepare(
+        cls, prefix: str, model: str, wish: GenerationRequest, requests: Sequence[Request], form: AnswerForm
+    ) -> Call:
+        """Wraps the requests, whose ids start with `prefix`."""
+        options = wish.stream_options
+        return cls(
+            id=prefix,
+            created=int(time.time()),
+            model=model,
+            requests=tuple(requests),
+            form=form,
+            stream=bool(wish.stream),
+            include_usage=bool(options and options.include_usage),
+        )
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self.requests)
+
+    def first_indices(self) -> Mapping[str, int]:
+        """The index of each request's first choice among all choices of the call."""
+        return {request.id: number * request.params.n for number, request in enumerate(self.requests)}
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def check_model(wish: GenerationRequest, served: str) -> None:
+    """Refuses calls for another model.
+
+    Raises:
+        ApiError: 404, as OpenAI does.
+    """
+    if wish.model is not None and wish.model != served:
+        message = f"model: this server has {served!r}, not {wish.model!r}"
+        raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+
+
+def new_requests(
+    prefix: str, prompts: Sequence[Sequence[int]], params: SamplingParams, engine: ServingEngine, param: str
+) -> list[Request]:
+    """One request per tokenised prompt; `param` names the prompts in errors.
+
+    Raises:
+        InvalidRequest: for no prompts or tokens, too many choices, or token ids outside the vocabulary.
+    """
+    if len(prompts) * params.n > MAX_CHOICES:
+        raise InvalidRequest(f"{param}: at most {MAX_CHOICES} choices in one call, counting n for each prompt", param)
+    if not prompts or not all(prompts):
+        raise InvalidRequest(f"{param}: must hold at least one token", param)
+    written = [(param, prompt) for prompt in prompts]
+    for name, tokens in (*written, ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < engine.vocab_size:
+            raise InvalidRequest(f"{name}: token ids must be from 0 to {engine.vocab_size - 1}", name)
+    now = time.perf_counter()
+    return [Request(f"{prefix}-{number}", tuple(prompt), params, now) for number, prompt in enumerate(prompts)]
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+

@@ -1,0 +1,111 @@
+"""`POST /v1/completions`: one or many prompts, each continued n times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from parlay.server.call import Call, check_model, new_id, new_requests
+from parlay.server.contract import ServingEngine, ServingTokenizer
+from parlay.server.logprobs import CompletionLogprobs
+from parlay.server.schema import CompletionRequest, parse
+from parlay.types import Delta, InvalidRequest, SamplingParams
+
+
+def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
+    """Reads, checks and tokenises a completion call; slow for long prompts, so never on the event loop.
+
+    Raises:
+        InvalidRequest: for what the client can put right.
+        ApiError: for another model's name.
+    """
+    wish = parse(CompletionRequest, body)
+    check_model(wish, model)
+    params = _sampling_params(wish)
+    prompts = _tokenise(wish, engine.tokenizer)
+    prefix = new_id("cmpl")
+    requests = new_requests(prefix, prompts, params, engine, "prompt")
+    form = CompletionForm(engine.tokenizer, params, _echoes(wish, prompts, engine.tokenizer))
+    return Call.prepare(prefix, model, wish, requests, form)
+
+
+class CompletionForm:
+    """A choice is a text, after its prompt where that is to be echoed."""
+
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+
+    def __init__(
+        self, tokenizer: ServingTokenizer, params: SamplingParams, echoes: Sequence[tuple[int, str]] | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._params = params
+        self._echoes = echoes  # the first token and the text of each prompt
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
+
+    def choice(self, index: int, whole: Delta) -> dict[str, Any]:
+        return self.chunk(index, whole, first=True)
+
+    def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
+        first_token, prompt = None, ""
+        if first and self._echoes is not None:
+            first_token, prompt = self._echoes[index // self._params.n]
+        return {
+            "index": index,
+            "text": prompt + delta.text,
+            "logprobs": self._scored(index, delta, first_token),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def shows(self, delta: Delta) -> bool:
+        scored = self._params.logprobs is not None and (delta.logprobs or delta.prompt_logprobs)
+        return bool(delta.text or delta.finish_reason or scored)
+
+    def _scored(self, index: int, delta: Delta, first_token: int | None) -> dict[str, Any] | None:
+        if self._params.logprobs is None:
+            return None
+        choice = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer))
+        return choice.piece((*delta.prompt_logprobs, *delta.logprobs), first_token)
+
+
+def _sampling_params(wish: CompletionRequest) -> SamplingParams:
+    if wish.best_of is not None and wish.best_of != (wish.n or 1):
+        raise InvalidRequest("best_of: not supported; ask for all choices with n", "best_of")
+    if wish.echo and wish.stream and wish.logprobs is not None and (wish.n or 1) > 1:
+        # The engine scores a prompt once, with its first choice; the others would have to wait for that.
+        raise InvalidRequest("n: must be 1 when a prompt is echoed with logprobs in a stream", "n")
+    read: dict[str, Any] = {} if wish.max_tokens is None else {"max_tokens": wish.max_tokens}
+    return wish.sampling_params(
+        logprobs=wish.logprobs, prompt_logprobs=wish.logprobs if wish.echo else None, **read
+    )
+
+
+def _tokenise(wish: CompletionRequest, tokenizer: ServingTokenizer) -> list[list[int]]:
+    special = wish.add_special_tokens is not False
+    return [
+        tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+        for prompt in _prompts(wish)
+    ]
+
+
+def _prompts(wish: CompletionRequest) -> Sequence[str | list[int]]:
+    """The prompts one by one, whichever of the four forms they came in."""
+    match wish.prompt:
+        case str() as text:
+            return [text]
+        case [int(), *_] as tokens:
+            return [[token for token in tokens if isinstance(token, int)]]
+        case several:
+            return [prompt for prompt in several if not isinstance(prompt, int)]
+
+
+def _echoes(
+    wish: CompletionRequest, tokenised: Sequence[Sequence[int]], tokenizer: ServingTokenizer
+) -> list[tuple[int, str]] | None:
+    if not wish.echo:
+        return None
+    return [
+        (tokens[0], prompt if isinstance(prompt, str) else tokenizer.decode(tokens))
+        for prompt, tokens in zip(_prompts(wish), tokenised, strict=True)
+    ]

@@ -1,0 +1,44 @@
+"""What the server asks of an engine and its tokenizer; `parlay.engine.engine.Engine` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from parlay.types import Delta, Request
+
+
+class ServingTokenizer(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]: ...
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> list[int]: ...
+
+
+class ServingEngine(Protocol):
+    """Takes requests and turns them into deltas, one step at a time; used from one thread only."""
+
+    @property
+    def tokenizer(self) -> ServingTokenizer: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[Delta]: ...

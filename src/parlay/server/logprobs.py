@@ -1,0 +1,65 @@
+"""Log-probabilities as the two endpoints write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from parlay.server.contract import ServingTokenizer
+from parlay.types import TokenLogprobs
+
+_FLOOR = -9999.0  # JSON has no minus infinity
+
+
+def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": max(logprob, _FLOOR),
+            "bytes": tokenizer.token_bytes(token),
+        }
+
+    return {
+        "content": [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*alternative) for alternative in each.top]}
+            for each in scored
+        ],
+        "refusal": None,
+    }
+
+
+class CompletionLogprobs:
+    """The `logprobs` object of a completion choice, piece by piece: offsets count from the start of its text."""
+
+    def __init__(self, tokenizer: ServingTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+
+    def piece(self, scored: Iterable[TokenLogprobs], first: int | None = None) -> dict[str, Any]:
+        """The next tokens of the text; `first` is a prompt's first token, which nothing predicted."""
+        piece: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+
+        def append(token: int, logprob: float | None, top: dict[str, float] | None) -> None:
+            piece["text_offset"].append(self._offset)
+            piece["token_logprobs"].append(logprob)
+            piece["tokens"].append(self._name(token))
+            piece["top_logprobs"].append(top)
+            self._offset += len(self._tokenizer.token_text(token))
+
+        if first is not None:
+            append(first, None, None)
+        for each in scored:
+            # The chosen token is always among the alternatives, as OpenAI has it.
+            top = {self._name(token): max(logprob, _FLOOR) for token, logprob in each.top}
+            top.setdefault(self._name(each.token), max(each.logprob, _FLOOR))
+            append(each.token, max(each.logprob, _FLOOR), top)
+        return piece
+
+    def _name(self, token: int) -> str:
+        """The token's text; its bytes where it is a part of a character, so that no two tokens share a name."""
+        text = self._tokenizer.token_text(token)
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token))

@@ -1,0 +1,231 @@
+"""The border between asyncio and the engine: one thread owns the engine, the event loop owns everything else.
+
+Commands go to the thread through a queue, which it drains before each step and blocks on when the engine is idle.
+Results come back with one wake-up of the event loop per step, however many requests took part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from parlay.server.contract import ServingEngine
+from parlay.types import Delta, InvalidRequest, Request
+
+logger = logging.getLogger(__name__)
+
+
+class EngineFailed(RuntimeError):
+    """The engine cannot finish this request; the message is for the client."""
+
+
+class ShuttingDown(EngineFailed):
+    """The server is on its way out."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class Generation:
+    """What comes back for the requests of one HTTP call: an asynchronous iterator of deltas, step by step.
+
+    Whoever got it calls `close`, which frees everything the requests hold in the engine.
+    """
+
+    def __init__(self, requests: Sequence[Request], release: Callable[[Sequence[Request]], None]) -> None:
+        self.requests = tuple(requests)
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._release = release
+        self._arrivals: asyncio.Queue[Sequence[Delta] | EngineFailed] = asyncio.Queue()
+        self._unfinished = sum(request.params.n for request in requests)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Sequence[Delta]:
+        if self._unfinished == 0:
+            raise StopAsyncIteration
+        arrival = await self._arrivals.get()
+        if isinstance(arrival, EngineFailed):
+            raise arrival
+        for delta in arrival:
+            if delta.finish_reason in ("error", "abort"):
+                raise EngineFailed(delta.error or "the engine gave up on this request")
+            self._unfinished -= delta.finish_reason is not None
+        return arrival
+
+    def arrive(self, arrival: Sequence[Delta] | EngineFailed) -> None:
+        """Takes the deltas of one step, or the end of all hope; runs on the event loop."""
+        self._arrivals.put_nowait(arrival)
+
+    def close(self) -> None:
+        """Aborts what is unfinished; harmless when all is finished."""
+        self._release(self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+class EngineWorker:
+    """Runs an engine on a thread of its own for callers on an event loop."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self.engine = engine
+        self.failure: str | None = None  # why the engine is broken; set once, by the engine thread
+        self._commands: queue.SimpleQueue[_Add | _Release | _Stop] = queue.SimpleQueue()
+        self._door = threading.Lock()  # nothing is added behind the last command, `_Stop`
+        self._closing = False
+        self._stopped = False  # the engine thread's
+        self._live: dict[str, Generation] = {}  # by request id; the engine thread's
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="parlay-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the engine thread; results go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Aborts what is in flight and joins the thread; may be called twice, and from any thread."""
+        with self._door:
+            self._closing = True
+            self._commands.put(_Stop())
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    async def submit(self, requests: Sequence[Request]) -> Generation:
+        """Admits all requests of one call, or none.
+
+        Raises:
+            InvalidRequest: when the engine refuses one of them.
+            EngineFailed: when the engine is broken or stopping.
+        """
+        generation = Generation(requests, self._release)
+        with self._door:
+            if self._closing:
+                raise ShuttingDown()
+            self._commands.put(_Add(generation))
+        try:
+            await generation.admitted
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        self._commands.put(_Release(requests))
+
+    # Everything below runs on the engine thread, except the functions handed to the event loop.
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._turn()
+            except Exception as error:
+                logger.exception("the engine failed")
+                self.failure = f"the engine failed: {type(error).__name__}: {error}"
+                self._fail_live(lambda: EngineFailed(self.failure))
+
+    def _turn(self) -> None:
+        """Obeys the waiting commands, then runs one step."""
+        for command in self._waiting_commands():
+            match command:
+                case _Add(generation):
+                    self._add(generation)
+                case _Release(requests):
+                    self._abort(requests)
+                case _Stop():
+                    self._stopped = True
+                    self._abort(self._fail_live(ShuttingDown))
+                    return
+        if self._busy:
+            self._deliver(self.engine.step())
+
+    @property
+    def _busy(self) -> bool:
+        return self.failure is None and self.engine.has_work
+
+    def _waiting_commands(self) -> Iterator[_Add | _Release | _Stop]:
+        """All commands in the queue; the first is waited for when there is nothing else to do."""
+        if not self._busy:
+            yield self._commands.get()
+        while True:
+            try:
+                yield self._commands.get_nowait()
+            except queue.Empty:
+                return
+
+    def _add(self, generation: Generation) -> None:
+        if self.failure is not None:
+            return self._tell(_refuse, generation, EngineFailed(self.failure))
+        try:
+            for request in generation.requests:
+                self._live[request.id] = generation
+                self.engine.add(request)
+        except Exception as error:
+            self._abort(generation.requests)
+            if not isinstance(error, InvalidRequest):  # one odd request is no reason to fail all others
+                logger.exception("the engine failed to take a request")
+                error = EngineFailed(f"the engine failed to take this request: {type(error).__name__}: {error}")
+            self._tell(_refuse, generation, error)
+        else:
+            self._tell(_admit, generation)
+
+    def _abort(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            if self._live.pop(request.id, None) is not None and self.failure is None:
+                self.engine.abort(request.id)
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        mail: dict[Generation, list[Delta]] = {}
+        for delta in deltas:
+            if (generation := self._live.get(delta.request_id)) is not None:
+                mail.setdefault(generation, []).append(delta)
+        if mail:
+            self._tell(_hand_out, mail)
+
+    def _fail_live(self, failure: Callable[[], EngineFailed]) -> list[Request]:
+        """Ends every live call with a failure of its own, so that nobody is left hanging; their requests."""
+        generations = dict.fromkeys(self._live.values())
+        if generations:
+            self._tell(_hand_out, {generation: failure() for generation in generations})
+        return [request for generation in generations for request in generation.requests]
+
+    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            self._commands.put(_Stop())
+
+
+def _admit(generation: Generation) -> None:
+    if not generation.admitted.done():  # done when the client left meanwhile
+        generation.admitted.set_result(None)
+
+
+def _refuse(generation: Generation, reason: Exception) -> None:
+    if not generation.admitted.done():
+        generation.admitted.set_exception(reason)
+
+
+def _hand_out(mail: dict[Generation, Sequence[Delta] | EngineFailed]) -> None:
+    for generation, arrival in mail.items():
+        generation.arrive(arrival)

@@ -1,0 +1,330 @@
+"""Frozen value types that cross borders. No torch here, and nothing is filled in later.
+
+Words (see docs/architecture.md): a *row* is a live request in a step, that is its known tokens not yet in KV plus a
+tree of guesses; a *draft token* is a guess; *accepted* is verified and kept; *emitted* = accepted + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+Speculation = Literal["off", "auto", "max"]
+Verification = Literal["greedy", "optimal", "coupled"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be served as written; `param` names the field, the message names the remedy."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+def _require(ok: bool, param: str, remedy: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{param}: {remedy}", param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Field names and meanings follow vLLM and the OpenAI API.
+
+    Attributes:
+        n: Number of independent choices for the prompt.
+        temperature: 0 means greedy.
+        top_k: Keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: Keep the smallest set of tokens with at least this probability mass.
+        min_p: Keep tokens with at least this fraction of the top token's probability.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in prompt or output.
+        presence_penalty: Subtracted once from the logit of each token seen in the output.
+        frequency_penalty: Subtracted from a token's logit once per occurrence in the output.
+        logit_bias: Added to the logits of these token ids before anything else.
+        seed: Fixes the output whatever is speculated; also selects `coupled` verification.
+        stop: The output ends before the first of these strings.
+        stop_token_ids: The output ends after any of these tokens.
+        ignore_eos: Go on after the model's end-of-sequence token.
+        min_tokens: No end-of-sequence or stop token before this many output tokens.
+        max_tokens: Output limit; None means up to the context limit.
+        logprobs: Return the chosen token's log-probability and this many alternatives (of the model's raw logits).
+        prompt_logprobs: The same for prompt tokens; such a request takes no prefix hit.
+        speculation: "off" never guesses for this request, "auto" lets the policy decide, "max" asks for the
+            lowest latency of this request.
+        verification: Force a lossless verification mode; None picks greedy at temperature 0, coupled with a seed,
+            optimal otherwise.
+        skip_special_tokens: Leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    speculation: Speculation = "auto"
+    verification: Literal["optimal", "coupled"] | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # a lone string is what users of every client write
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require(1 <= self.n <= 128, "n", "must be from 1 to 128")
+        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
+        _require(self.top_k >= -1, "top_k", "must be -1 or 0 (all tokens), or a positive count")
+        _require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", "must be from 0 to 1")
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "must be above 0 (1 means none)",
+        )
+        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", "must be from -2 to 2")
+        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2")
+        _require(len(self.logit_bias) <= 1024, "logit_bias", "takes at most 1024 tokens")
+        _require(
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "logit_bias", "values must be from -100 to 100"
+        )
+        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
+        _require(all(self.stop), "stop", "strings must not be empty")
+        _require(len(self.stop) <= 16, "stop", "takes at most 16 strings")
+        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be 1 or more")
+        _require(self.min_tokens >= 0, "min_tokens", "must be 0 or more")
+        _require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens"
+        )
+        _require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "must be from 0 to 20")
+        _require(
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
+        )
+        _require(self.speculation in ("off", "auto", "max"), "speculation", 'must be "off", "auto" or "max"')
+
+    @property
+    def mode(self) -> Verification:
+        """The lossless verification rule that serves this request."""
+        if self.temperature == 0:
+            return "greedy"
+        if self.verification is not None:
+            return self.verification
+        return "optimal" if self.seed is None else "coupled"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One accepted request: a tokenised prompt and how to continue it."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    arrival: float = 0.0  # seconds on time.perf_counter's clock
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The shape of a row's guesses, without their values.
+
+    `parents[i]` is the parent of node i, and -1 stands for the row's last known token. Parents come before their
+    children, and siblings are tried in the order of their indices, which is the order in which they were drawn.
+    """
+
+    parents: tuple[int, ...]
+    depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # 1 for children of the root
+
+    def __post_init__(self) -> None:
+        depths: list[int] = []
+        for node, parent in enumerate(self.parents):
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} of a tree must come after its parent, got parent {parent}")
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        object.__setattr__(self, "depths", tuple(depths))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def chain(depth: int) -> Tree:
+        """The tree that is one path of `depth` guesses."""
+        return Tree(tuple(range(-1, depth - 1)))
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        return max(self.depths, default=0)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def children(self) -> dict[int, list[int]]:
+        """Children of every inner node (and of the root, -1) in draw order."""
+        found: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            found.setdefault(parent, []).append(node)
+        return found
+
+    def trim(self, size: int, depth: int) -> Tree:
+        """At most the first `size` nodes, none deeper than `depth`; decided before any guess is drawn."""
+        if len(self) <= size and self.depth <= depth:
+            return self
+        if self.is_chain:
+            return Tree.chain(max(0, min(size, depth, len(self))))
+        renumbered = {-1: -1}
+        for node, parent in enumerate(self.parents):
+            if len(renumbered) <= size and self.depths[node] <= depth and parent in renumbered:
+                renumbered[node] = len(renumbered) - 1
+        return Tree(tuple(renumbered[self.parents[node]] for node in renumbered if node >= 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One live request in one step: which known tokens run now, and how deep guesses may go after them."""
+
+    seq: int  # the engine's number for this choice of this request
+    request: Request
+    choice: int
+    tokens: array[int]  # all known tokens; shared with the scheduler, read only
+    start: int  # tokens[:start] are in KV
+    count: int  # tokens[start : start + count] run in this step
+    scored: int  # prompt positions whose log-probabilities were delivered in earlier steps
+    max_depth: int  # 0 where nothing may be guessed in this step
+    pages: list[int]  # KV pages of positions 0..; shared with the scheduler, read only
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the last known token, so that something is emitted."""
+        return self.start + self.count == len(self.tokens)
+
+    @property
+    def prompt_reads(self) -> range:
+        """Positions of this step whose next token's log-probability the request still wants."""
+        if self.request.params.prompt_logprobs is None or self.choice:
+            return range(0)
+        return range(max(self.start, self.scored), min(self.start + self.count, len(self.request.prompt) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one drafter could bet on one row. `tokens` only where the guesses are deterministic."""
+
+    method: str
+    tree: Tree
+    tokens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bet:
+    """A drafter and a tree bound to a row before any guess is drawn; the tree is an upper bound."""
+
+    method: str
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One bet, or None for none, per row."""
+
+    bets: tuple[Bet | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one token and of the most likely ones, from the model's raw logits."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row got out of a step."""
+
+    method: str | None
+    drafted: int  # guesses that were verified
+    accepted: tuple[int, ...]  # tree nodes on the accepted path, root side first
+    emitted: tuple[int, ...]  # accepted tokens and the one after them; empty while known tokens remain
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did: one result per row, and seconds by part."""
+
+    rows: tuple[RowResult, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Totals over the life of one choice."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: SpeculationStats) -> SpeculationStats:
+        return SpeculationStats(
+            self.steps + other.steps, self.drafted + other.drafted, self.accepted + other.accepted
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice of one request gained in a step: the unit of streaming."""
+
+    request_id: str
+    choice: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    stats: SpeculationStats = SpeculationStats()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One finished choice."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprobs, ...]
+    stats: SpeculationStats
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """All choices of one finished request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+TokenIds = Sequence[int]

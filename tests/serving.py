@@ -1,0 +1,65 @@
+"""Runs the real application on a real port for tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import openai
+import uvicorn
+
+from parlay.server.app import create_app
+from parlay.server.contract import ServingEngine
+from parlay.server.worker import EngineWorker
+
+MODEL = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server and its worker."""
+
+    url: str
+    worker: EngineWorker
+    stop: Callable[[], None]  # tells it to end, and does not wait
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+
+@contextmanager
+def serving(engine: ServingEngine, *, grace: int = 10, **options: object) -> Iterator[Server]:
+    """Serves `engine` on a free loopback port; `options` go to `create_app`."""
+    worker = EngineWorker(engine)
+    app = create_app(worker, model=MODEL, **options)  # pyright: ignore[reportArgumentType]
+    settings = uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace)
+    server = _Server(settings)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
+        thread.start()
+        try:
+            assert server.up.wait(60)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", worker, server.ask_exit)
+        finally:
+            server.ask_exit()
+            thread.join()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    def ask_exit(self) -> None:
+        self.should_exit = True
