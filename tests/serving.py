@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from parlay.server.contract import ServingEngine
 from parlay.server.worker import EngineWorker
 
 MODEL = "tiny"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what must come; the suite's own time limit ends a wait for what does not."""
+    while not condition():
+        time.sleep(0.005)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ MERGES = [
     ("Ġ", "b"), ("Ġ", "c"), ("Ġ", "in"), ("Ġ", "t"), ("Ġt", "o"), ("Ġ", "f"), ("i", "c"), ("r", "o"), ("h", "e"),
     ("l", "e"), ("Ġ", "m"), ("Ġ", "p"), ("o", "m"), ("u", "r"),
 ]  # fmt: skip
-VOCAB_SIZE = 256 + len(MERGES) + len(SPECIALS)
+END, START, PAD = range(256 + len(MERGES), 256 + len(MERGES) + len(SPECIALS))
+VOCAB_SIZE = PAD + 1
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -25,7 +26,7 @@ CHAT_TEMPLATE = (
 
 def make_tiny_llama(folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
     """Saves model and tokenizer to `folder`, so that transformers and the engine can load them from there."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -39,9 +40,9 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, chat_template: str | None = 
         # Larger than usual: with the usual spread a random model repeats one token for ever.
         initializer_range=0.3,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|start|>"),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=PAD,
         dtype=torch.float32,
     )
     with torch.random.fork_rng():
@@ -50,16 +51,13 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, chat_template: str | None = 
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [left + right for left, right in MERGES]
     inner = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=MERGES))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
+    end, start, pad = SPECIALS
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|start|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=inner, bos_token=start, eos_token=end, pad_token=pad, clean_up_tokenization_spaces=False
     )

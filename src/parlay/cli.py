@@ -99,14 +99,12 @@ def generate(
 ) -> None:
     """Answer prompts, all at once, and say how fast it went."""
     questions = [*(prompts or ()), *_read_prompts(file, required=not prompts)]
+    asked: list[Any] = [(_as_messages if chat else _as_text)(question) for question in questions]
     from parlay import LLM
 
     llm = LLM(config)
     started = time.perf_counter()
-    if chat:
-        outputs = llm.chat([_as_messages(question) for question in questions], params)
-    else:
-        outputs = llm.generate([_as_text(question) for question in questions], params)
+    outputs = llm.chat(asked, params) if chat else llm.generate(asked, params)
     seconds = time.perf_counter() - started
     for output in outputs:
         _print_output(output, as_json)

@@ -15,12 +15,10 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
-        if messages[0]["role"] == "assistant":
-            raise ValueError("the user goes first")
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
 
     def token_text(self, token: int) -> str:
@@ -34,7 +32,6 @@ class StandIn:
     """Steps freely, or one step per `pace.release()` when paced."""
 
     max_model_len = 200
-    vocab_size = 256
 
     def __init__(self, *, paced: bool = False) -> None:
         self.tokenizer = ByteTokenizer()

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from parlay.engine.batch import Draft
-from parlay.engine.sampling import Draws, Path, gumbel_noise, process
+from parlay.engine.sampling import Draws, Path, process
 from parlay.types import Row, RowResult, TokenLogprobs
 
 
@@ -108,7 +108,7 @@ class Acceptor:
     """Applies each request's verification mode to a step's scores.
 
     Args:
-        draws: The source of chance for `optimal` rows.
+        draws: The source of chance.
         eos: End-of-sequence ids, which may not come before a request's `min_tokens`.
     """
 
@@ -171,7 +171,7 @@ class Acceptor:
             if rule == "greedy":
                 found = chosen.argmax(-1)
             elif rule == "coupled":
-                noise = gumbel_noise([walk.key() for walk in some], chosen.shape[-1], chosen.device)
+                noise = self.draws.gumbel([walk.key() for walk in some], chosen)
                 found = (chosen + noise).argmax(-1)
             elif rule == "optimal":
                 found = self.draws.categorical(chosen.softmax(-1))

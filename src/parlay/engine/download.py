@@ -16,8 +16,8 @@ from urllib.request import url2pathname
 
 import httpx
 
-CHUNK = 1 << 20
 ATTEMPTS = 5
+PAUSE = 0.5  # seconds, doubled before each further attempt
 TIMEOUT = httpx.Timeout(30.0)
 
 
@@ -78,26 +78,24 @@ def fetch(url: str, part: Path, size: int, advance: Callable[[int], None]) -> No
     part.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme == "file":
         shutil.copyfile(url2pathname(urlsplit(url).path), part)
-        return advance(size)
-    failure: Exception | None = None
+        return
+    failure: httpx.HTTPError | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(min(2.0**attempt / 2, 8.0))
+            time.sleep(PAUSE * 2**attempt)
         try:
             _continue(url, part, advance)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code < 500:
-                raise DownloadError(f"{_host(url)} answered {error.response.status_code} to the download") from error
-            failure = error
         except httpx.HTTPError as error:
             failure = error
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                break  # asking again will not help
         else:
-            if part.stat().st_size >= size:
-                return None
-            failure = None
-    reason = f"{type(failure).__name__}: {failure}" if failure else "it keeps ending early"
+            if part.exists() and part.stat().st_size >= size:
+                return
+    reason = failure or "the connection keeps ending early"
     raise DownloadError(
-        f"the download from {_host(url)} does not get through ({reason}); what came is kept, run the command again"
+        f"{urlsplit(url).path.rsplit('/')[-1]} cannot be downloaded ({reason}); what came is kept, so run the command "
+        "again to go on from there"
     ) from failure
 
 
@@ -115,14 +113,10 @@ def _continue(url: str, part: Path, advance: Callable[[int], None]) -> None:
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
         done = have if resumed else 0
         with part.open("ab" if resumed else "wb") as out:
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in response.iter_raw():  # as it comes: a larger chunk would be lost in a cut
                 out.write(chunk)
                 done += len(chunk)
                 advance(done)
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or url
 
 
 def sha256_of(path: Path) -> str:

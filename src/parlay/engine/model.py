@@ -73,8 +73,8 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         _refuse_if(_config_refusal(source))
     model, tokenizer = load(source, dtype, device, attn_implementation="eager")
     _refuse_if(refusal(model.config))
-    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
-        _refuse_if(f"{model.config.model_type} does not go through transformers' attention interface")
+    if getattr(model, "_is_stateful", False):
+        _refuse_if(f"{model.config.model_type} keeps a recurrent state, which cannot be rolled back after a rejected guess")
     layers = _layer_list(model)
     returns_tuple: list[bool] = []
     hook = layers[0].register_forward_hook(lambda _m, _a, out: returns_tuple.append(isinstance(out, tuple)))
@@ -86,7 +86,10 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     hook.remove()
     model.set_attn_implementation("eager")
     if sorted(probe.shapes) != list(range(len(layers))):
-        _refuse_if(f"{model.config.model_type} attends in {len(probe.shapes)} of its {len(layers)} layers only")
+        _refuse_if(
+            f"{model.config.model_type} sends {len(probe.shapes)} of its {len(layers)} layers through transformers' "
+            "attention interface, and Parlay needs all of them"
+        )
     loaded = LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -134,10 +134,14 @@ class Draws(Protocol):
         """probs: [A, vocab], rows summing to 1 -> [A] token ids."""
         ...
 
+    def gumbel(self, keys: Sequence[tuple[int, int, int]], logits: torch.Tensor) -> torch.Tensor:
+        """Noise for these logits [A, vocab], keyed by (seed, choice, output position) and token id."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FreshDraws:
-    """Fresh randomness at every call, in at least float32."""
+    """Fresh randomness at every call, in at least float32; keyed noise is the same for the same key."""
 
     generator: torch.Generator
 
@@ -151,6 +155,9 @@ class FreshDraws:
         # The token whose exponential clock, running at the rate of its probability, rings first.
         clocks = torch.empty_like(probs).exponential_(generator=self.generator)
         return (probs / clocks).argmax(-1)
+
+    def gumbel(self, keys: Sequence[tuple[int, int, int]], logits: torch.Tensor) -> torch.Tensor:
+        return gumbel_noise(keys, logits.shape[-1], logits.device)
 
 
 def draw_without_replacement(probs: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -74,7 +74,9 @@ def check(model: TargetModel, expected: Reference) -> None:
     rows = [row(known, CACHED, KNOWN - CACHED, pages[:per_row]), row(other, 0, OTHER, pages[per_row:])]
     logits = model.verify(rows, [Draft("self-check", TREE, nodes), None]).logits
     difference = _rms(logits - expected.logits)
-    allowed = 4 * expected.spread + torch.finfo(model.dtype).eps * _rms(expected.logits)
+    # transformers' eager attention takes its softmax in float32 whatever the dtype.
+    rounding = torch.finfo(model.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    allowed = 4 * expected.spread + rounding * _rms(expected.logits)
     if not difference <= allowed:
         raise UnsupportedModel(
             "self-check failed: a packed step differs from plain transformers by "

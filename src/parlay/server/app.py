@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-import anyio
 import uvicorn
-from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI
 from rich.console import Console
 from starlette.requests import Request
@@ -54,8 +52,6 @@ class Service:
     api_key: str | None
     max_body_bytes: int
     created: int = field(default_factory=lambda: int(time.time()))
-    # One call at a time is read and tokenised, off the event loop: tokenizers are not safe to share between threads.
-    tokenising: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
     def router(self) -> APIRouter:
         """The routes; all but /health ask for the key."""
@@ -107,7 +103,7 @@ class Service:
 
     async def _generate(self, prepare: Prepare, request: Request) -> Response:
         body = await read_body(request, self.max_body_bytes)
-        call = await to_thread.run_sync(prepare, body, self.worker.engine, self.model, limiter=self.tokenising)
+        call = await asyncio.to_thread(prepare, body, self.worker.engine, self.model)
         generation = await self.worker.submit(call.requests)
         if call.stream:
             return EventStream(call, generation)
@@ -181,7 +177,8 @@ def serve(
         settings = uvicorn.Config(
             app, log_level=log_level, access_log=access_log, timeout_graceful_shutdown=GRACE_SECONDS, lifespan="on"
         )
-        ready = f"{model} ({_precision(engine, config)}) is ready at {_url(listener)}"
+        precision = str(engine.model.dtype).removeprefix("torch.")
+        ready = f"{model} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
         try:
             _AnnouncingServer(settings, ready).run(sockets=[listener])
         finally:
@@ -221,8 +218,3 @@ def _bind(host: str, port: int) -> socket.socket:
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _precision(engine: ServingEngine, config: EngineConfig) -> str:
-    dtype, device = getattr(engine, "dtype", config.dtype), getattr(engine, "device", config.device)
-    return f"{str(dtype).removeprefix('torch.')}, {device}"

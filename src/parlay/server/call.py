@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from parlay.server.contract import ServingEngine
 from parlay.server.errors import ApiError
 from parlay.server.schema import GenerationRequest
 from parlay.types import Delta, InvalidRequest, Request, SamplingParams
@@ -90,26 +89,17 @@ def check_model(wish: GenerationRequest, served: str) -> None:
         raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
 
-def new_requests(
-    prefix: str, prompts: Sequence[Sequence[int]], params: SamplingParams, engine: ServingEngine, param: str
-) -> list[Request]:
-    """One request per tokenised prompt; `param` names the prompts in errors.
+def new_requests(prefix: str, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
+    """One request per tokenised prompt.
 
     Raises:
-        InvalidRequest: for no prompts or tokens, too many choices, or token ids outside the vocabulary.
+        InvalidRequest: for no prompts, or too many choices.
     """
-    if len(prompts) * params.n > MAX_CHOICES:
-        raise InvalidRequest(f"{param}: at most {MAX_CHOICES} choices in one call, counting n for each prompt", param)
-    if not prompts or not all(prompts):
-        raise InvalidRequest(f"{param}: must hold at least one token", param)
-    written = [(param, prompt) for prompt in prompts]
-    for name, tokens in (*written, ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < engine.vocab_size:
-            raise InvalidRequest(f"{name}: token ids must be from 0 to {engine.vocab_size - 1}", name)
+    if not 1 <= len(prompts) * params.n <= MAX_CHOICES:
+        raise InvalidRequest(f"prompt: a call takes 1 to {MAX_CHOICES} choices, n for each prompt", "prompt")
     now = time.perf_counter()
     return [Request(f"{prefix}-{number}", tuple(prompt), params, now) for number, prompt in enumerate(prompts)]
 
 
 def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
-

@@ -11,6 +11,12 @@ from parlay.server.logprobs import chat_logprobs
 from parlay.server.schema import ChatCompletionRequest, ChatMessage, parse
 from parlay.types import Delta, InvalidRequest, SamplingParams
 
+# Arguments of the tokenizer's method itself; everything else is the template's.
+_TOKENIZER_OPTIONS = frozenset((
+    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+))  # fmt: skip
+
 
 def prepare_chat(body: bytes, engine: ServingEngine, model: str) -> Call:
     """Reads, checks and tokenises a chat call; slow for long prompts, so never on the event loop.
@@ -23,10 +29,10 @@ def prepare_chat(body: bytes, engine: ServingEngine, model: str) -> Call:
     check_model(wish, model)
     params = _sampling_params(wish)
     messages = [_template_message(message, f"messages[{number}]") for number, message in enumerate(wish.messages)]
-    prompt = _apply_template(engine.tokenizer, messages)
+    prompt = engine.tokenizer.apply_chat_template(messages, **_template_options(wish))
     prefix = new_id("chatcmpl")
     form = ChatForm(engine.tokenizer, logprobs=params.logprobs is not None)
-    return Call.prepare(prefix, model, wish, new_requests(prefix, [prompt], params, engine, "messages"), form)
+    return Call.prepare(prefix, model, wish, new_requests(prefix, [prompt], params), form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +91,8 @@ def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
     return {**rest, "role": role, "content": content or ""}
 
 
-def _apply_template(tokenizer: ServingTokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    try:
-        return tokenizer.apply_chat_template(messages)
-    except InvalidRequest:
-        raise
-    except Exception as error:  # templates refuse what they dislike, such as two user turns in a row, in many ways
-        raise InvalidRequest(f"messages: the model's chat template refuses them: {error}", "messages") from error
+def _template_options(wish: ChatCompletionRequest) -> dict[str, Any]:
+    options = wish.chat_template_kwargs or {}
+    if taken := sorted(_TOKENIZER_OPTIONS & options.keys()):
+        raise InvalidRequest(f"chat_template_kwargs: {taken[0]} is not for clients to set", "chat_template_kwargs")
+    return options

@@ -9,7 +9,7 @@ from parlay.server.call import Call, check_model, new_id, new_requests
 from parlay.server.contract import ServingEngine, ServingTokenizer
 from parlay.server.logprobs import CompletionLogprobs
 from parlay.server.schema import CompletionRequest, parse
-from parlay.types import Delta, InvalidRequest, SamplingParams
+from parlay.types import Delta, InvalidRequest, Request, SamplingParams
 
 
 def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
@@ -24,9 +24,9 @@ def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
     params = _sampling_params(wish)
     prompts = _tokenise(wish, engine.tokenizer)
     prefix = new_id("cmpl")
-    requests = new_requests(prefix, prompts, params, engine, "prompt")
-    form = CompletionForm(engine.tokenizer, params, _echoes(wish, prompts, engine.tokenizer))
-    return Call.prepare(prefix, model, wish, requests, form)
+    requests = new_requests(prefix, prompts, params)
+    echoes = _echoes(wish, requests, engine.tokenizer) if wish.echo else None
+    return Call.prepare(prefix, model, wish, requests, CompletionForm(engine.tokenizer, params, echoes))
 
 
 class CompletionForm:
@@ -36,24 +36,24 @@ class CompletionForm:
     chunk_kind = "text_completion"
 
     def __init__(
-        self, tokenizer: ServingTokenizer, params: SamplingParams, echoes: Sequence[tuple[int, str]] | None
+        self, tokenizer: ServingTokenizer, params: SamplingParams, echoes: Sequence[tuple[Sequence[int], str]] | None
     ) -> None:
         self._tokenizer = tokenizer
         self._params = params
-        self._echoes = echoes  # the first token and the text of each prompt
+        self._echoes = echoes  # the first token, which nothing predicted, and the text of each prompt
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         return self.chunk(index, whole, first=True)
 
     def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
-        first_token, prompt = None, ""
+        unscored, prompt = (), ""
         if first and self._echoes is not None:
-            first_token, prompt = self._echoes[index // self._params.n]
+            unscored, prompt = self._echoes[index // self._params.n]
         return {
             "index": index,
             "text": prompt + delta.text,
-            "logprobs": self._scored(index, delta, first_token),
+            "logprobs": self._scored(index, delta, unscored),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -62,11 +62,11 @@ class CompletionForm:
         scored = self._params.logprobs is not None and (delta.logprobs or delta.prompt_logprobs)
         return bool(delta.text or delta.finish_reason or scored)
 
-    def _scored(self, index: int, delta: Delta, first_token: int | None) -> dict[str, Any] | None:
+    def _scored(self, index: int, delta: Delta, unscored: Sequence[int]) -> dict[str, Any] | None:
         if self._params.logprobs is None:
             return None
-        choice = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer))
-        return choice.piece((*delta.prompt_logprobs, *delta.logprobs), first_token)
+        choice = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer, self._params))
+        return choice.piece((*delta.prompt_logprobs, *delta.logprobs), unscored)
 
 
 def _sampling_params(wish: CompletionRequest) -> SamplingParams:
@@ -76,9 +76,7 @@ def _sampling_params(wish: CompletionRequest) -> SamplingParams:
         # The engine scores a prompt once, with its first choice; the others would have to wait for that.
         raise InvalidRequest("n: must be 1 when a prompt is echoed with logprobs in a stream", "n")
     read: dict[str, Any] = {} if wish.max_tokens is None else {"max_tokens": wish.max_tokens}
-    return wish.sampling_params(
-        logprobs=wish.logprobs, prompt_logprobs=wish.logprobs if wish.echo else None, **read
-    )
+    return wish.sampling_params(logprobs=wish.logprobs, prompt_logprobs=wish.logprobs if wish.echo else None, **read)
 
 
 def _tokenise(wish: CompletionRequest, tokenizer: ServingTokenizer) -> list[list[int]]:
@@ -101,11 +99,13 @@ def _prompts(wish: CompletionRequest) -> Sequence[str | list[int]]:
 
 
 def _echoes(
-    wish: CompletionRequest, tokenised: Sequence[Sequence[int]], tokenizer: ServingTokenizer
-) -> list[tuple[int, str]] | None:
-    if not wish.echo:
-        return None
+    wish: CompletionRequest, requests: Sequence[Request], tokenizer: ServingTokenizer
+) -> list[tuple[Sequence[int], str]]:
+    def text(prompt: str | list[int], request: Request) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return tokenizer.decode(prompt, skip_special_tokens=request.params.skip_special_tokens)
+
     return [
-        (tokens[0], prompt if isinstance(prompt, str) else tokenizer.decode(tokens))
-        for prompt, tokens in zip(_prompts(wish), tokenised, strict=True)
+        (request.prompt[:1], text(prompt, request)) for prompt, request in zip(_prompts(wish), requests, strict=True)
     ]

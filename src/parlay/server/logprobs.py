@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from parlay.server.contract import ServingTokenizer
-from parlay.types import TokenLogprobs
+from parlay.types import SamplingParams, TokenLogprobs
 
 _FLOOR = -9999.0  # JSON has no minus infinity
 
@@ -33,12 +33,13 @@ def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) 
 class CompletionLogprobs:
     """The `logprobs` object of a completion choice, piece by piece: offsets count from the start of its text."""
 
-    def __init__(self, tokenizer: ServingTokenizer) -> None:
+    def __init__(self, tokenizer: ServingTokenizer, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = params.skip_special_tokens
         self._offset = 0
 
-    def piece(self, scored: Iterable[TokenLogprobs], first: int | None = None) -> dict[str, Any]:
-        """The next tokens of the text; `first` is a prompt's first token, which nothing predicted."""
+    def piece(self, scored: Iterable[TokenLogprobs], unscored: Iterable[int] = ()) -> dict[str, Any]:
+        """The next tokens of the text; those `unscored` come first."""
         piece: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
 
         def append(token: int, logprob: float | None, top: dict[str, float] | None) -> None:
@@ -46,10 +47,10 @@ class CompletionLogprobs:
             piece["token_logprobs"].append(logprob)
             piece["tokens"].append(self._name(token))
             piece["top_logprobs"].append(top)
-            self._offset += len(self._tokenizer.token_text(token))
+            self._offset += len(self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens))
 
-        if first is not None:
-            append(first, None, None)
+        for token in unscored:
+            append(token, None, None)
         for each in scored:
             # The chosen token is always among the alternatives, as OpenAI has it.
             top = {self._name(token): max(logprob, _FLOOR) for token, logprob in each.top}

@@ -1,0 +1,86 @@
+"""Several steps in a row: sequences of a tiny random model occur as often as the model says (chi-square).
+
+One-step exactness is not enough: a sampler that reuses randomness between steps passes it and fails here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from parlay.config import EngineConfig, Speculation
+from parlay.drafters.base import Drafters
+from parlay.engine.engine import Engine
+from parlay.types import Request, SamplingParams
+from scipy.stats import chisquare
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.architectures import plain_model
+from tests.gamblers import RandomPolicy, RandomSampler
+
+VOCAB, LENGTH, SAMPLES = 4, 4, 6000
+PROMPT = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("four-words")
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.5, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    LlamaForCausalLM(config).double().save_pretrained(path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+def exact_law(folder: Path) -> dict[tuple[int, ...], float]:
+    """The model's probability of every continuation of PROMPT."""
+    every = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    with torch.inference_mode():
+        logits = plain_model(folder)(input_ids=torch.tensor([PROMPT + tail for tail in every])).logits
+    chosen = logits.log_softmax(-1)[:, len(PROMPT) - 1 : -1].gather(2, torch.tensor(every)[:, :, None])
+    return dict(zip(every, chosen.sum((1, 2)).exp().tolist(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["optimal", "coupled"])
+@pytest.mark.parametrize("method", ["random_sampler", "none"])
+def test_sequences_occur_as_often_as_the_model_says(folder: Path, mode: str, method: str) -> None:
+    engine = Engine(
+        EngineConfig(
+            str(folder), dtype="float64", max_num_seqs=64, max_num_batched_tokens=512, speculation=Speculation(),
+            seed=1, self_check=False,
+        )
+    )  # fmt: skip
+    if method != "none":
+        engine.drafters = Drafters([RandomSampler(VOCAB, seed=5)])
+        engine.policy = RandomPolicy(2, [method], largest=6)
+    for number in range(SAMPLES):
+        seed = number if mode == "coupled" else None
+        engine.add(Request(str(number), PROMPT, SamplingParams(max_tokens=LENGTH, seed=seed, ignore_eos=True)))
+    found: dict[str, tuple[int, ...]] = {}
+    accepted = 0
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id] = (*found.get(delta.request_id, ()), *delta.tokens)
+            accepted += delta.stats.accepted
+    assert (accepted > SAMPLES / 4) == (method != "none")
+    law = exact_law(folder)
+    common = [sequence for sequence, probability in law.items() if probability * SAMPLES >= 5]
+    counts = Counter(found.values())
+    observed = [counts[sequence] for sequence in common]
+    expected = [law[sequence] * SAMPLES for sequence in common]
+    rest = SAMPLES - sum(expected)
+    if rest >= 5:
+        observed.append(SAMPLES - sum(observed))
+        expected.append(rest)
+    else:
+        expected = [count * sum(observed) / sum(expected) for count in expected]
+    assert chisquare(observed, expected).pvalue > 1e-4
