@@ -26,7 +26,14 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB_SIZE, "initializer_range": 0.3}
+_GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": VOCAB_SIZE,
+    "initializer_range": 0.3,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -81,4 +88,4 @@ def prompts_of(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     draw: Callable[[int], list[int]] = lambda n: torch.randint(1, 250, (n,), generator=generator).tolist()  # noqa: E731
     shared = draw(14)
     lengths = torch.randint(1, 17, (count,), generator=generator).tolist()
-    return [tuple([*(shared if i % 2 else ()), *draw(length)]) for i, length in enumerate(lengths)]
+    return [(*(shared if i % 2 else ()), *draw(length)) for i, length in enumerate(lengths)]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
+
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import draw_without_replacement
 from parlay.types import Bet, Offer, Row, RowResult, StepPlan, StepResult, Tree
@@ -80,7 +81,7 @@ class NoisyOracle(_Drafter):
 
 
 class RandomSampler(_Drafter):
-    """Samples children without replacement from random distributions: hostile, and exact only with its probabilities."""
+    """Samples children without replacement from random distributions: hostile, and exact by its probabilities."""
 
     name = "random_sampler"
 

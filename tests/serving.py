@@ -26,6 +26,11 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def engine_threads() -> set[threading.Thread]:
+    """The threads that run an engine now."""
+    return {thread for thread in threading.enumerate() if thread.name == "parlay-engine"}
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A running server and its worker."""

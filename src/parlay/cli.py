@@ -32,11 +32,19 @@ class _Commands(TyperGroup):
             code = 1
         except (typer.TyperException, ValueError, OSError) as error:
             logging.getLogger("parlay").debug("where it happened", exc_info=True)
-            message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            message = _one_line(error)
             if message:  # a call without arguments shows the help and says nothing
                 typer.secho(f"error: {message}", fg="red", err=True)
             code = BAD_INPUT
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:  # without the number that str() would put first
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
 
 
 app = typer.Typer(

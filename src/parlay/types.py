@@ -19,12 +19,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class InvalidRequest(ValueError):
-    """A request that cannot be served as written; `param` names the field, the message names the remedy."""
+    """A request that cannot be served as written.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    `param` names the field, the message names the remedy, and `code` is OpenAI's code where clients look for one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code
 
 
 def _require(ok: bool, param: str, remedy: str) -> None:
@@ -101,7 +105,9 @@ class SamplingParams:
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2")
         _require(len(self.logit_bias) <= 1024, "logit_bias", "takes at most 1024 tokens")
         _require(
-            all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "logit_bias", "values must be from -100 to 100"
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+            "logit_bias",
+            "values must be from -100 to 100",
         )
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
         _require(all(self.stop), "stop", "strings must not be empty")
@@ -116,6 +122,9 @@ class SamplingParams:
             self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
         )
         _require(self.speculation in ("off", "auto", "max"), "speculation", 'must be "off", "auto" or "max"')
+        _require(
+            self.verification in (None, "optimal", "coupled"), "verification", 'must be "optimal", "coupled" or None'
+        )
 
     @property
     def mode(self) -> Verification:
@@ -282,9 +291,7 @@ class SpeculationStats:
     accepted: int = 0
 
     def __add__(self, other: SpeculationStats) -> SpeculationStats:
-        return SpeculationStats(
-            self.steps + other.steps, self.drafted + other.drafted, self.accepted + other.accepted
-        )
+        return SpeculationStats(self.steps + other.steps, self.drafted + other.drafted, self.accepted + other.accepted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,21 @@
-"""On every architecture, output is plain transformers' own: with ragged trees, chunked prefill, preemption and prefix reuse."""
+"""On every architecture, output is plain transformers' own.
+
+Ragged trees, chunked prefill, preemption and prefix reuse all happen on the way.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, MambaConfig
+
 from parlay.config import EngineConfig, Speculation
 from parlay.drafters.base import Drafters
 from parlay.engine.attention import UnsupportedModel
 from parlay.engine.checkpoint import CheckpointError
 from parlay.engine.engine import Engine
 from parlay.types import Request, SamplingParams
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, MambaConfig
-
 from tests.architectures import EXTRA, greedy, make_model, plain_model, prompts_of
 from tests.gamblers import NoisyOracle, RandomPolicy
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -52,7 +55,9 @@ def test_greedy_identity(kind: str, tmp_path: Path) -> None:
             found.setdefault(delta.request_id, []).extend(delta.tokens)
             accepted += delta.stats.accepted
         engine.check_integrity()
-        reused = max(reused, sum(engine.scheduler.blocks.is_shared(p) for s in engine.scheduler.running for p in s.pages))
+        reused = max(
+            reused, sum(engine.scheduler.blocks.is_shared(p) for s in engine.scheduler.running for p in s.pages)
+        )
     assert [tuple(found[str(i)]) for i in range(2 * len(prompts))] == [expected[prompt] for prompt in prompts * 2]
     assert accepted > 50
     assert engine.scheduler.preemptions > 0

@@ -11,13 +11,14 @@ import itertools
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+
 from parlay.engine.accept import Acceptor, Scores
 from parlay.engine.batch import Draft
 from parlay.types import Request, Row, SamplingParams, Tree
-
 from tests.lossless.explore import ExhaustiveDraws
 
 Law = Callable[[tuple[int, ...]], torch.Tensor]  # the next token's distribution after a path
@@ -192,7 +193,7 @@ def test_coupled_is_exact_for_sampled_children(name: str) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("extra", [{}, {"min_tokens": 1}], ids=["raw argmax", "processed argmax"])
-def test_greedy_emits_the_argmax_path(name: str, extra: dict[str, int]) -> None:
+def test_greedy_emits_the_argmax_path(name: str, extra: dict[str, Any]) -> None:
     target, proposal = random_law(7, 4), random_law(8, 4)
     best: tuple[int, ...] = ()
     for _ in range(5):
@@ -202,7 +203,11 @@ def test_greedy_emits_the_argmax_path(name: str, extra: dict[str, int]) -> None:
         assert weight == 1
         assert emitted == best[: len(emitted)]
         longest = max(
-            (len(path) for n in range(len(draft.tree)) if (path := path_to(draft.tree, draft.tokens, n)) == best[: len(path)]),
+            (
+                len(path)
+                for n in range(len(draft.tree))
+                if (path := path_to(draft.tree, draft.tokens, n)) == best[: len(path)]
+            ),
             default=0,
         )
         assert len(emitted) == longest + 1

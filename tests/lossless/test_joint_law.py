@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from parlay.config import EngineConfig, Speculation
-from parlay.drafters.base import Drafters
-from parlay.engine.engine import Engine
-from parlay.types import Request, SamplingParams
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from parlay.config import EngineConfig, Speculation
+from parlay.drafters.base import Drafters
+from parlay.engine.engine import Engine
+from parlay.types import Request, SamplingParams
 from tests.architectures import plain_model
 from tests.gamblers import RandomPolicy, RandomSampler
 

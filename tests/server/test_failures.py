@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.server.stand_in import StandIn
-from tests.serving import MODEL, Server, serving, until
+from tests.serving import MODEL, Server, engine_threads, serving, until
 
 
 @pytest.fixture
@@ -102,6 +102,7 @@ def test_a_client_that_leaves_is_aborted(engine: StandIn, server: Server, stream
 
 
 def test_a_stopping_server_lets_answers_finish(engine: StandIn) -> None:
+    before = engine_threads()
     with serving(engine) as server, server.client() as client:
         stream = iter(client.completions.create(model=MODEL, prompt="abc", max_tokens=3, stream=True))
         pace(engine)
@@ -109,16 +110,19 @@ def test_a_stopping_server_lets_answers_finish(engine: StandIn) -> None:
         server.stop()
         pace(engine, 2)
         assert text + "".join(chunk.choices[0].text for chunk in stream) == "abc"
-    assert not any(thread.name == "parlay-engine" for thread in threading.enumerate())
+    assert engine_threads() == before
 
 
 def test_a_stopping_server_does_not_wait_for_ever(engine: StandIn) -> None:
     body = {"prompt": "abc", "stream": True}
-    with serving(engine, grace=0) as server, server.http() as http:
-        with http.stream("POST", "/v1/completions", json=body) as answer:
-            server.stop()
-            with pytest.raises(httpx.RemoteProtocolError):  # cut off, so nobody takes it for a whole answer
-                answer.read()
+    with (
+        serving(engine, grace=0) as server,
+        server.http() as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        server.stop()
+        with pytest.raises(httpx.RemoteProtocolError):  # cut off, so that nobody takes it for a whole answer
+            answer.read()
     assert engine.aborted
 
 

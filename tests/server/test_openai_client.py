@@ -203,7 +203,8 @@ def test_an_echoed_prompt_is_scored(client: openai.OpenAI) -> None:
 
 def test_every_choice_of_an_echoed_prompt_is_scored(client: openai.OpenAI) -> None:
     prompts = ["the and of", "the to in"]
-    answer = client.completions.create(model=MODEL, prompt=prompts, n=2, echo=True, logprobs=0)
+    call: dict[str, Any] = {"model": MODEL, "prompt": prompts, "n": 2, "echo": True, "logprobs": 0}
+    answer = client.completions.create(**call, extra_body={"ignore_eos": True})
     for choice, prompt in zip(answer.choices, ("the and of", "the and of", "the to in", "the to in"), strict=True):
         assert choice.text.startswith(prompt)
         assert choice.logprobs is not None

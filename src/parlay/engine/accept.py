@@ -118,9 +118,7 @@ class Acceptor:
 
     def accept(self, rows: Sequence[Row], drafts: Sequence[Draft | None], scores: Scores) -> tuple[RowResult, ...]:
         """Walks every sampling row down its tree and returns one result per row."""
-        walks = [
-            _Walk(row, draft, first) for row, draft, first in zip(rows, drafts, scores.first_read, strict=True)
-        ]
+        walks = [_Walk(row, draft, first) for row, draft, first in zip(rows, drafts, scores.first_read, strict=True)]
         sampling = [walk for walk in walks if walk.first_read >= 0]
         self._walk_argmax([walk for walk in sampling if self._is_argmax(walk)], scores.logits)
         self._walk_levels([walk for walk in sampling if not self._is_argmax(walk)], scores.logits)
@@ -164,7 +162,9 @@ class Acceptor:
         by_rule: dict[str, list[int]] = {}
         for line, walk in enumerate(walks):
             mode = walk.row.request.params.mode
-            by_rule.setdefault("residual" if mode == "optimal" and walk.proposal() is not None else mode, []).append(line)
+            by_rule.setdefault("residual" if mode == "optimal" and walk.proposal() is not None else mode, []).append(
+                line
+            )
         for rule, lines in by_rule.items():
             chosen = logits[torch.tensor(lines, device=logits.device)]
             some = [walks[line] for line in lines]

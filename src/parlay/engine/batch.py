@@ -55,7 +55,7 @@ class AttentionGroup:
     query_positions: torch.Tensor
     key_positions: torch.Tensor
     visible: torch.Tensor
-    _masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
     def mask(self, window: int | None, dtype: torch.dtype, folds: int) -> torch.Tensor:
         """Additive mask [R, 1, folds * Q, S], the query block repeated once per query head of a KV head.
@@ -185,9 +185,7 @@ def _groups(
     return tuple(groups), None if identity else torch.from_numpy(unpack).to(device)
 
 
-def pack(
-    rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device
-) -> ForwardBatch:
+def pack(rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device) -> ForwardBatch:
     """Packs the rows of a step, trees of any shape beside known tokens of any count."""
     packed = [_pack_row(row, draft, page_size) for row, draft in zip(rows, drafts, strict=True)]
     starts = np.cumsum([0, *(len(row.tokens) for row in packed)]).tolist()

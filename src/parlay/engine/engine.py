@@ -74,6 +74,7 @@ class Engine:
         params = request.params
         if not request.prompt:
             raise InvalidRequest("prompt: must not be empty", "prompt")
+        self.scheduler.check(request)
         for name, ids in (
             ("prompt", request.prompt),
             ("logit_bias", params.logit_bias),
@@ -105,6 +106,8 @@ class Engine:
         """Advances every scheduled row by at least one token, or by a chunk of its prompt."""
         lap = _Laps()
         rows = self.scheduler.schedule()
+        if not rows:
+            return []
         lap("schedule")
         offers = self.drafters.offer(rows)
         plan = self.policy.plan(rows, offers, self.scheduler.budget)

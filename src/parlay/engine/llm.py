@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -115,7 +115,7 @@ class _Choice:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    stats: SpeculationStats = SpeculationStats()
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -152,9 +152,7 @@ class _Collected:
             )
             for i, c in enumerate(self.choices)
         )
-        return RequestOutput(
-            self.request.id, prompt, self.request.prompt, tuple(outputs), tuple(self.prompt_logprobs)
-        )
+        return RequestOutput(self.request.id, prompt, self.request.prompt, tuple(outputs), tuple(self.prompt_logprobs))
 
 
 class _progress:

@@ -74,7 +74,9 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     model, tokenizer = load(source, dtype, device, attn_implementation="eager")
     _refuse_if(refusal(model.config))
     if getattr(model, "_is_stateful", False):
-        _refuse_if(f"{model.config.model_type} keeps a recurrent state, which cannot be rolled back after a rejected guess")
+        _refuse_if(
+            f"{model.config.model_type} keeps a recurrent state, which cannot be rolled back after a rejected guess"
+        )
     layers = _layer_list(model)
     returns_tuple: list[bool] = []
     hook = layers[0].register_forward_hook(lambda _m, _a, out: returns_tuple.append(isinstance(out, tuple)))
@@ -123,9 +125,9 @@ def _config_refusal(source: ModelSource) -> str | None:
 def _window_refusal(loaded: LoadedModel) -> str | None:
     window = getattr(loaded.config, "sliding_window", None)
     kinds = getattr(loaded.config, "layer_types", None)
-    windowed = window is not None and getattr(loaded.config, "use_sliding_window", True)
-    expected = windowed and (kinds is None or "sliding_attention" in kinds) and window < loaded.context
-    if expected and not any(loaded.windows):
+    if window is None or window >= loaded.context or not getattr(loaded.config, "use_sliding_window", True):
+        return None
+    if (kinds is None or "sliding_attention" in kinds) and not any(loaded.windows):
         return f"{loaded.config.model_type} has a sliding window that it does not pass to its attention function"
     return None
 

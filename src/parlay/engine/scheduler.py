@@ -60,11 +60,11 @@ class Scheduler:
 
     # ---- requests come and go -------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> list[Sequence]:
-        """Queues every choice of a request.
+    def check(self, request: Request) -> None:
+        """Refuses what could not finish even if it ran alone.
 
         Raises:
-            InvalidRequest: when the request could not finish even if it ran alone.
+            InvalidRequest: naming the field and the remedy.
         """
         limit = self.max_model_len
         if len(request.prompt) >= limit:
@@ -72,6 +72,7 @@ class Scheduler:
                 f"prompt: has {len(request.prompt)} tokens, and the context of {limit} must also hold the output; "
                 "shorten the prompt",
                 "prompt",
+                "context_length_exceeded",
             )
         longest = limit if request.params.max_tokens is None else len(request.prompt) + request.params.max_tokens
         if longest > limit:
@@ -79,6 +80,7 @@ class Scheduler:
                 f"max_tokens: {request.params.max_tokens} on top of a prompt of {len(request.prompt)} tokens exceeds "
                 f"the context of {limit}; lower max_tokens to at most {limit - len(request.prompt)}",
                 "max_tokens",
+                "context_length_exceeded",
             )
         # A copied page for the prompt's last token, when choices share the prompt.
         needed = self.blocks.pages_for(longest) + (request.params.n > 1)
@@ -88,6 +90,9 @@ class Scheduler:
                 f"{self.blocks.num_pages * self.blocks.page_size}; lower max_tokens or raise --kv-cache-memory",
                 "max_tokens",
             )
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queues every choice of a checked request."""
         choices = [self._sequence(request, choice) for choice in range(request.params.n)]
         choices[0].siblings = choices[1:]
         self.waiting.append(choices[0])

@@ -1,9 +1,9 @@
 """Strict parity: every reduction has the same shape and order whatever else is in the step.
 
 The step runs in tiles of exactly TILE tokens, so every matrix product of the model has one shape. A token attends
-to its own list of slots, in the order of positions, in chunks of exactly CHUNK keys that are combined from left to right;
-a chunk that it may not see changes nothing, to the last bit. What a token computes then depends on its path alone,
-not on its neighbours, on chunked prefill or on whether it was guessed.
+to its own list of slots, in the order of positions, in chunks of exactly CHUNK keys that are combined from left to
+right; a chunk that it may not see changes nothing, to the last bit. What a token computes then depends on its path
+alone, not on its neighbours, on chunked prefill or on whether it was guessed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class Tile:
     context: torch.Tensor
 
 
-def tiles(
-    rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device
-) -> Iterator[Tile]:
+def tiles(rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device) -> Iterator[Tile]:
     """Cuts a step into tiles, in packed order, so that a token's path is always written before or with it."""
     entries = [entry for row, draft in zip(rows, drafts, strict=True) for entry in _paths(row, draft, page_size)]
     for first in range(0, len(entries), TILE):

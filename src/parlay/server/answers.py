@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
@@ -44,8 +45,8 @@ class Usage:
         }
 
 
-async def whole_answer(call: Call, generation: Generation) -> dict[str, Any]:
-    """The answer to a call that does not stream.
+async def whole_answer(call: Call, generation: Generation) -> bytes:
+    """The JSON answer to a call that does not stream.
 
     Raises:
         EngineFailed: when it cannot be finished.
@@ -58,14 +59,18 @@ async def whole_answer(call: Call, generation: Generation) -> dict[str, Any]:
         usage.add(deltas)
         for delta in deltas:
             arrived[delta.request_id, delta.choice].append(delta)
-    choices: list[dict[str, Any]] = []
-    prompt_logprobs = ()
-    for (_, choice), deltas in arrived.items():
-        whole = join(deltas)
-        # A prompt is scored once, with the first of its choices.
-        prompt_logprobs = whole.prompt_logprobs if choice == 0 else prompt_logprobs
-        choices.append(call.form.choice(len(choices), replace(whole, prompt_logprobs=prompt_logprobs)))
-    return {**call.envelope(call.form.kind, choices), "usage": usage.body()}
+
+    def write() -> bytes:
+        choices: list[dict[str, Any]] = []
+        prompt_logprobs = ()
+        for (_, choice), deltas in arrived.items():
+            whole = join(deltas)
+            # A prompt is scored once, with the first of its choices.
+            prompt_logprobs = whole.prompt_logprobs if choice == 0 else prompt_logprobs
+            choices.append(call.form.choice(len(choices), replace(whole, prompt_logprobs=prompt_logprobs)))
+        return _json({**call.envelope(call.form.kind, choices), "usage": usage.body()})
+
+    return await asyncio.to_thread(write)  # long when a long prompt was scored
 
 
 async def event_stream(call: Call, generation: Generation) -> AsyncIterator[bytes]:
@@ -75,17 +80,22 @@ async def event_stream(call: Call, generation: Generation) -> AsyncIterator[byte
     begun: set[int] = set()
     # With include_usage every chunk has the key, as OpenAI has it, and the last one the value.
     tail: dict[str, Any] = {"usage": None} if call.include_usage else {}
+
+    def write(deltas: Sequence[Delta]) -> bytes:
+        events: list[bytes] = []
+        for delta in filter(call.form.shows, deltas):
+            index = first_indices[delta.request_id] + delta.choice
+            chunk = call.form.chunk(index, delta, first=index not in begun)
+            begun.add(index)
+            events.append(_event({**call.envelope(call.form.chunk_kind, [chunk]), **tail}))
+        return b"".join(events)
+
     try:
         async for deltas in generation:
             usage.add(deltas)
-            events: list[bytes] = []
-            for delta in filter(call.form.shows, deltas):
-                index = first_indices[delta.request_id] + delta.choice
-                chunk = call.form.chunk(index, delta, first=index not in begun)
-                begun.add(index)
-                events.append(_event({**call.envelope(call.form.chunk_kind, [chunk]), **tail}))
-            if events:
-                yield b"".join(events)
+            many = any(delta.prompt_logprobs for delta in deltas)  # scores of a whole chunk of prompt
+            if events := await asyncio.to_thread(write, deltas) if many else write(deltas):
+                yield events
     except EngineFailed as failure:
         yield _event(as_api_error(failure).body())  # and no [DONE]: this answer is not complete
         return
@@ -128,4 +138,8 @@ def join(deltas: Sequence[Delta]) -> Delta:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(data) + b"\n\n"
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

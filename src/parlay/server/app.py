@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from parlay import __version__
 from parlay.config import EngineConfig
 from parlay.server.answers import EventStream, whole_answer
-from parlay.server.call import Call
+from parlay.server.call import Call, check_model
 from parlay.server.chat import prepare_chat
 from parlay.server.completions import prepare_completion
 from parlay.server.contract import ServingEngine
@@ -88,9 +88,7 @@ class Service:
         return {"object": "list", "data": [self._card()]}
 
     async def model_card(self, name: str) -> dict[str, Any]:
-        if name != self.model:
-            message = f"model: this server has {self.model!r}, not {name!r}"
-            raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+        check_model(name, self.model)
         return self._card()
 
     async def health(self) -> Response:
@@ -111,7 +109,7 @@ class Service:
             answer = await unless_gone(request, whole_answer(call, generation))
         finally:
             generation.close()
-        return Response(status_code=CLIENT_GONE) if answer is None else JSONResponse(answer)
+        return Response(answer, HTTPStatus.OK if answer else CLIENT_GONE, media_type="application/json")
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -209,9 +207,9 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
 
 

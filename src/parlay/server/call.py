@@ -1,4 +1,4 @@
-"""One HTTP call, prepared: its requests to the engine and the form of its answer. Endpoints differ in the form only."""
+"""One HTTP call, understood: its requests to the engine and the form of its answer, in which endpoints differ."""
 
 from __future__ import annotations
 
@@ -52,12 +52,11 @@ class Call:
 
     @classmethod
     def prepare(
-        cls, prefix: str, model: str, wish: GenerationRequest, requests: Sequence[Request], form: AnswerForm
+        cls, id: str, model: str, wish: GenerationRequest, requests: Sequence[Request], form: AnswerForm
     ) -> Call:
-        """Wraps the requests, whose ids start with `prefix`."""
         options = wish.stream_options
         return cls(
-            id=prefix,
+            id=id,
             created=int(time.time()),
             model=model,
             requests=tuple(requests),
@@ -78,19 +77,19 @@ class Call:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def check_model(wish: GenerationRequest, served: str) -> None:
-    """Refuses calls for another model.
+def check_model(asked: str | None, served: str) -> None:
+    """Refuses another model than the one served; who names none gets that one.
 
     Raises:
         ApiError: 404, as OpenAI does.
     """
-    if wish.model is not None and wish.model != served:
-        message = f"model: this server has {served!r}, not {wish.model!r}"
+    if asked is not None and asked != served:
+        message = f"model: this server has {served!r}, not {asked!r}"
         raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
 
-def new_requests(prefix: str, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-    """One request per tokenised prompt.
+def new_requests(id: str, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
+    """One request per tokenised prompt of the call with this id.
 
     Raises:
         InvalidRequest: for no prompts, or too many choices.
@@ -98,7 +97,7 @@ def new_requests(prefix: str, prompts: Sequence[Sequence[int]], params: Sampling
     if not 1 <= len(prompts) * params.n <= MAX_CHOICES:
         raise InvalidRequest(f"prompt: a call takes 1 to {MAX_CHOICES} choices, n for each prompt", "prompt")
     now = time.perf_counter()
-    return [Request(f"{prefix}-{number}", tuple(prompt), params, now) for number, prompt in enumerate(prompts)]
+    return [Request(f"{id}-{number}", tuple(prompt), params, now) for number, prompt in enumerate(prompts)]
 
 
 def new_id(kind: str) -> str:

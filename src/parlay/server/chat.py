@@ -26,13 +26,13 @@ def prepare_chat(body: bytes, engine: ServingEngine, model: str) -> Call:
         ApiError: for another model's name.
     """
     wish = parse(ChatCompletionRequest, body)
-    check_model(wish, model)
+    check_model(wish.model, model)
     params = _sampling_params(wish)
     messages = [_template_message(message, f"messages[{number}]") for number, message in enumerate(wish.messages)]
     prompt = engine.tokenizer.apply_chat_template(messages, **_template_options(wish))
-    prefix = new_id("chatcmpl")
+    id = new_id("chatcmpl")
     form = ChatForm(engine.tokenizer, logprobs=params.logprobs is not None)
-    return Call.prepare(prefix, model, wish, new_requests(prefix, [prompt], params), form)
+    return Call.prepare(id, model, wish, new_requests(id, [prompt], params), form)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
         ApiError: for another model's name.
     """
     wish = parse(CompletionRequest, body)
-    check_model(wish, model)
+    check_model(wish.model, model)
     params = _sampling_params(wish)
     prompts = _tokenise(wish, engine.tokenizer)
-    prefix = new_id("cmpl")
-    requests = new_requests(prefix, prompts, params)
+    id = new_id("cmpl")
+    requests = new_requests(id, prompts, params)
     echoes = _echoes(wish, requests, engine.tokenizer) if wish.echo else None
-    return Call.prepare(prefix, model, wish, requests, CompletionForm(engine.tokenizer, params, echoes))
+    return Call.prepare(id, model, wish, requests, CompletionForm(engine.tokenizer, params, echoes))
 
 
 class CompletionForm:

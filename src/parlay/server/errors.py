@@ -47,7 +47,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case InvalidRequest():
-            return ApiError(HTTPStatus.BAD_REQUEST, error.message, param=error.param)
+            return ApiError(HTTPStatus.BAD_REQUEST, error.message, param=error.param, code=error.code)
         case ShuttingDown():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), type="server_error", code="shutting_down")
         case EngineFailed():

@@ -1,0 +1,210 @@
+"""Which settings of prompt lookup earn most: n-gram sizes, order of matches, depth and branches.
+
+Greedy outputs are generated once, without guesses. Every setting is then replayed on them without a model: what
+verification would have accepted is known from the output. A step counts once however many guesses it verifies, so
+read tokens per step together with guesses per step, which is what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from parlay.bench import environment
+from parlay.bench.offline import drive
+from parlay.bench.replay import Replayed, replay
+from parlay.bench.report import Advance, progress, table
+from parlay.bench.workloads import Prompt, encode, load_prompts
+from parlay.config import EngineConfig, Speculation
+from parlay.drafters.prompt_lookup import PromptLookup
+from parlay.engine.engine import Engine
+from parlay.types import SamplingParams
+
+Order = Literal["recent", "earliest"]
+ORDERS: tuple[Order, ...] = ("recent", "earliest")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to look up."""
+
+    max_ngram: int
+    min_ngram: int
+    order: Order
+    depth: int
+    branches: int
+
+    def drafter(self) -> PromptLookup:
+        return PromptLookup(self.depth, self.branches, self.max_ngram, self.min_ngram, self.order)
+
+    def __str__(self) -> str:
+        shape = f"depth {self.depth}" + (f", {self.branches} branches" if self.branches > 1 else "")
+        return f"{self.min_ngram}-{self.max_ngram} tokens, {self.order}, {shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt and its greedy output."""
+
+    category: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a setting earned on the texts of one category."""
+
+    category: str
+    tokens_per_step: float
+    guesses_per_step: float
+    acceptance: float  # accepted guesses over verified ones
+    totals: Replayed
+
+
+@dataclass(frozen=True, slots=True)
+class SettingResult:
+    """One setting's scores: all texts together, then by category."""
+
+    setting: Setting
+    overall: Score
+    categories: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """All results of this benchmark, the best setting first."""
+
+    model: str
+    dataset: str
+    prompts: int
+    max_tokens: int
+    output_tokens: int
+    default: Setting
+    results: tuple[SettingResult, ...]
+
+
+DEFAULT = Setting(max_ngram=3, min_ngram=1, order="recent", depth=4, branches=1)
+
+
+def main() -> None:
+    options = parse()
+    captured = environment.capture()
+    prompts = load_prompts(options.dataset, options.limit)
+    with progress("generating", len(prompts)) as advance:
+        texts = generate(options, prompts, advance)
+    grid = list(settings())
+    with progress("replaying", len(grid)) as advance:
+        results = [score(setting, texts, options.max_tokens, advance) for setting in grid]
+    results.sort(key=lambda result: -result.overall.tokens_per_step)
+    ablation = Ablation(
+        model=options.model,
+        dataset=options.dataset.name if options.dataset else "parlay's own prompts",
+        prompts=len(texts),
+        max_tokens=options.max_tokens,
+        output_tokens=sum(len(text.output) for text in texts),
+        default=DEFAULT,
+        results=tuple(results),
+    )
+    environment.write_json(options.out, captured, ablation)
+    show(ablation, options.top)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="whose outputs (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of its weights (default: %(default)s)")
+    parser.add_argument(
+        "--dataset", type=Path, help="prompts, JSON lines with prompt or Spec-Bench's turns; by default Parlay's own"
+    )
+    parser.add_argument("--limit", type=int, help="use this many prompts, the categories taking turns")
+    parser.add_argument("--max-tokens", type=int, default=128, help="output limit per prompt (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency", type=int, default=16, help="prompts generated at a time (default: %(default)s)"
+    )
+    parser.add_argument("--top", type=int, default=12, help="settings in the table (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/prompt_lookup.json"), help="JSON (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def settings() -> Iterator[Setting]:
+    """The whole grid."""
+    for longest, shortest, order, depth, branches in product(range(1, 5), (1, 2), ORDERS, (2, 4, 8), (1, 2)):
+        if shortest <= longest:
+            yield Setting(longest, shortest, order, depth, branches)
+
+
+def generate(options: argparse.Namespace, prompts: Sequence[Prompt], advance: Advance) -> list[Text]:
+    """The greedy outputs, decoded without guesses."""
+    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=Speculation()))
+    tokens = encode(prompts, engine.tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
+    run = drive(engine, tokens, params, options.concurrency, advance)
+    return [
+        Text(prompt.category, ids, output.tokens)
+        for prompt, ids, output in zip(prompts, tokens, run.outputs, strict=True)
+    ]
+
+
+def score(setting: Setting, texts: Sequence[Text], max_tokens: int, advance: Advance) -> SettingResult:
+    drafter = setting.drafter()
+    totals: dict[str, Replayed] = {}
+    for text in texts:
+        earned = replay(drafter, text.prompt, text.output, max_tokens)
+        totals[text.category] = totals.get(text.category, Replayed()) + earned
+    advance()
+    overall = sum(totals.values(), Replayed())
+    return SettingResult(setting, _score("all", overall), tuple(_score(*entry) for entry in totals.items()))
+
+
+def _score(category: str, totals: Replayed) -> Score:
+    return Score(
+        category=category,
+        tokens_per_step=totals.tokens_per_step,
+        guesses_per_step=totals.drafted / totals.steps,
+        acceptance=totals.accepted / max(1, totals.drafted),
+        totals=totals,
+    )
+
+
+def show(ablation: Ablation, top: int) -> None:
+    """The best settings and the default, whatever its place."""
+    console = Console()
+    chosen = [
+        (place, result)
+        for place, result in enumerate(ablation.results, start=1)
+        if place <= top or result.setting == ablation.default
+    ]
+    columns = (
+        "place",
+        "setting",
+        "tokens/step",
+        "guesses/step",
+        "accepted",
+        *(category.category for category in ablation.results[0].categories),
+    )
+    rows = (
+        (
+            place,
+            f"{result.setting}{' (default)' if result.setting == ablation.default else ''}",
+            f"{result.overall.tokens_per_step:.3f}",
+            f"{result.overall.guesses_per_step:.2f}",
+            f"{result.overall.acceptance:.0%}",
+            *(f"{category.tokens_per_step:.2f}" for category in result.categories),
+        )
+        for place, result in chosen
+    )
+    title = f"{ablation.model}, {ablation.dataset}: {ablation.prompts} prompts, {ablation.output_tokens} output tokens"
+    console.print(table(title, columns, rows, texts=2))
+
+
+if __name__ == "__main__":
+    main()

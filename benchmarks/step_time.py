@@ -1,0 +1,319 @@
+"""Where the time of a step goes, and how plain decoding compares with transformers' own `generate`.
+
+Decoding steps are timed by part for several numbers of rows, plain and with prompt lookup, greedy and sampled. Plain
+decoding of one request is then timed against `transformers.generate` on the same weights, the two taking turns.
+Run it on an otherwise idle machine. Times by part mean something on CPU only: a GPU works while the host goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from parlay.bench import environment
+from parlay.bench.offline import drive
+from parlay.bench.report import Advance, Spread, progress, table
+from parlay.bench.workloads import encode, load_prompts
+from parlay.config import EngineConfig
+from parlay.engine.checkpoint import load, resolve
+from parlay.engine.engine import Engine
+from parlay.policy.base import Policy
+from parlay.types import Offer, Row, SamplingParams, Speculation, StepPlan, StepResult
+
+HOST_BAR = 0.15  # of a step of MOST_ROWS rows may go to anything but verification
+SCALING_BAR = 6.0  # times the throughput of one request
+MOST_ROWS = 16
+METHODS: dict[Speculation, str] = {"off": "off", "auto": "prompt lookup"}
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is decoded: so many rows, with or without guesses, greedy or sampled."""
+
+    rows: int
+    speculation: Speculation
+    sampled: bool
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        temperature, top_p = (0.7, 0.9) if self.sampled else (0.0, 1.0)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            temperature=temperature,
+            top_p=top_p,
+            speculation=self.speculation,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step in which every row decoded."""
+
+    rows: int
+    drafted: int
+    emitted: int
+    seconds: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """The steps of one case over all repeats."""
+
+    case: Case
+    steps: int
+    milliseconds: float  # the median step
+    parts: dict[str, float]  # medians, milliseconds
+    others_share: float  # of all time, what was not verification
+    guesses_per_row: float
+    tokens_per_step_row: float
+    tokens_per_second: Spread  # one value per repeat
+    raw_tokens_per_second: tuple[float, ...]
+    raw_milliseconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """Plain greedy decoding of one request at a time, Parlay against transformers; one entry per repeat."""
+
+    new_tokens: int
+    parlay_seconds: tuple[float, ...]
+    transformers_seconds: tuple[float, ...]
+    ratio_of_medians: float  # above 1: Parlay is faster
+    ratio: Spread
+    equal_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """All results of this benchmark."""
+
+    model: str
+    dtype: str
+    max_tokens: int
+    repeats: int
+    cases: tuple[CaseResult, ...]
+    scaling: float | None  # plain greedy throughput of the most rows over that of one
+    versus: Versus | None
+
+
+class Recorder:
+    """A policy that does what another one does, and keeps the steps in which every row decodes."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.steps: list[Step] = []
+
+    def plan(self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+        return self.policy.plan(rows, offers, budget)
+
+    def observe(self, rows: Sequence[Row], result: StepResult) -> None:
+        self.policy.observe(rows, result)
+        if all(row.count == 1 and row.samples for row in rows):
+            drafted = sum(got.drafted for got in result.rows)
+            emitted = sum(len(got.emitted) for got in result.rows)
+            self.steps.append(Step(len(rows), drafted, emitted, dict(result.seconds)))
+
+    def take(self, rows: int) -> list[Step]:
+        """The steps of exactly so many rows since the last call."""
+        steps, self.steps = self.steps, []
+        return [step for step in steps if step.rows == rows]
+
+
+def main() -> None:
+    options = parse()
+    captured = environment.capture()
+    cases = [Case(rows, method, sampled) for rows in options.rows for method in METHODS for sampled in (False, True)]
+    engine = Engine(EngineConfig(options.model, dtype=options.dtype, prefix_caching=False))
+    prompts = encode(load_prompts(options.dataset), engine.tokenizer)
+    with progress("timing steps", options.repeats * len(cases)) as advance:
+        steps = time_cases(engine, prompts, cases, options.max_tokens, options.repeats, advance)
+    versus = None
+    if not options.no_transformers:
+        versus = compare(engine, options.model, prompts, options.max_tokens, max(5, options.repeats))
+    summaries = tuple(summarise(case, steps[case]) for case in cases)
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    result = StepTimes(options.model, dtype, options.max_tokens, options.repeats, summaries, scaling(summaries), versus)
+    environment.write_json(options.out, captured, result)
+    show(result)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="what to serve (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="of both programs' weights (default: %(default)s)")
+    parser.add_argument("--dataset", type=Path, help="prompts, JSON lines; by default Parlay's own")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 4, 8, MOST_ROWS], help="requests at a time (default: %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, help="new tokens per request (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="times each case is run (default: %(default)s)")
+    parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison with transformers")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/step_time.json"), help="JSON (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def time_cases(
+    engine: Engine, prompts: Sequence[Tokens], cases: Sequence[Case], max_tokens: int, repeats: int, advance: Advance
+) -> dict[Case, list[list[Step]]]:
+    """The steps of every case, repeat by repeat; the cases take turns, in the other direction every second time."""
+    recorder = Recorder(engine.policy)
+    engine.policy = recorder
+    drive(engine, prompts[:4], Case(4, "auto", True).params(8), 4)  # warm-up
+    found: dict[Case, list[list[Step]]] = {case: [] for case in cases}
+    for repeat in range(repeats):
+        for case in cases if repeat % 2 == 0 else cases[::-1]:
+            recorder.take(0)
+            chosen = list(islice(cycle(prompts), repeat, repeat + case.rows))
+            drive(engine, chosen, case.params(max_tokens), case.rows)
+            found[case].append(recorder.take(case.rows))
+            advance()
+    engine.policy = recorder.policy
+    return found
+
+
+def summarise(case: Case, repeats: Sequence[Sequence[Step]]) -> CaseResult:
+    """Medians over all steps, and throughput by repeat."""
+    steps = [step for some in repeats for step in some]
+    if not steps:
+        raise SystemExit(f"no step had {case.rows} decoding rows: raise --max-tokens")
+    total = sum(step.total for step in steps)
+    throughput = tuple(sum(s.emitted for s in some) / sum(s.total for s in some) for some in repeats if some)
+    return CaseResult(
+        case=case,
+        steps=len(steps),
+        milliseconds=1000 * statistics.median(step.total for step in steps),
+        parts={part: 1000 * statistics.median(step.seconds[part] for step in steps) for part in steps[0].seconds},
+        others_share=1 - sum(step.seconds["verify"] for step in steps) / total,
+        guesses_per_row=sum(step.drafted for step in steps) / (len(steps) * case.rows),
+        tokens_per_step_row=sum(step.emitted for step in steps) / (len(steps) * case.rows),
+        tokens_per_second=Spread.of(throughput),
+        raw_tokens_per_second=throughput,
+        raw_milliseconds=tuple(round(1000 * step.total, 3) for step in steps),
+    )
+
+
+def scaling(cases: Iterable[CaseResult]) -> float | None:
+    """Plain greedy throughput of the most rows over that of one; None where one of them was not measured."""
+    plain = {c.case.rows: c.tokens_per_second.median for c in cases if c.case == Case(c.case.rows, "off", False)}
+    return plain[MOST_ROWS] / plain[1] if {1, MOST_ROWS} <= plain.keys() else None
+
+
+def compare(engine: Engine, model: str, prompts: Sequence[Tokens], new_tokens: int, repeats: int) -> Versus:
+    """Times whole requests, prompt included, one at a time, the two programs taking turns to go first."""
+    theirs = load_transformers(model, engine)
+    params = Case(1, "off", False).params(new_tokens)
+
+    def ours(prompt: Tokens) -> tuple[float, Tokens]:
+        run = drive(engine, [prompt], params, 1)
+        return run.seconds, run.outputs[0].tokens
+
+    def reference(prompt: Tokens) -> tuple[float, Tokens]:
+        began = time.perf_counter()
+        tokens = generate(theirs, prompt, new_tokens)
+        return time.perf_counter() - began, tokens
+
+    for program in (ours, reference):
+        program(prompts[0])  # warm-up
+    seconds: tuple[list[float], list[float]] = ([], [])
+    equal = 0
+    with progress("against transformers", repeats) as advance:
+        for prompt in (prompts[repeat % len(prompts)] for repeat in range(repeats)):
+            order = (ours, reference) if len(seconds[0]) % 2 == 0 else (reference, ours)
+            timed = {run: run(prompt) for run in order}
+            seconds[0].append(timed[ours][0])
+            seconds[1].append(timed[reference][0])
+            equal += timed[ours][1] == timed[reference][1]
+            advance()
+    return Versus(
+        new_tokens=new_tokens,
+        parlay_seconds=tuple(seconds[0]),
+        transformers_seconds=tuple(seconds[1]),
+        ratio_of_medians=statistics.median(seconds[1]) / statistics.median(seconds[0]),
+        ratio=Spread.of(their / our for our, their in zip(*seconds, strict=True)),
+        equal_outputs=equal,
+    )
+
+
+def load_transformers(model: str, engine: Engine) -> Any:
+    """An instance of its own, with transformers' default attention, that goes on after the end of a text."""
+    theirs, _ = load(resolve(model), engine.model.dtype, engine.model.device, attn_implementation="sdpa")
+    assert theirs.generation_config is not None
+    theirs.generation_config.eos_token_id = None
+    return theirs
+
+
+@torch.inference_mode()
+def generate(model: Any, prompt: Tokens, new_tokens: int) -> Tokens:
+    """Greedy decoding by transformers."""
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
+    )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def show(result: StepTimes) -> None:
+    console = Console()
+    parts = list(result.cases[0].parts)
+    columns = ("rows", "speculation", "choice", "step ms", *parts, "all but verify", "tokens/row", "tokens/s (min-max)")
+    rows = (
+        (
+            c.case.rows,
+            METHODS[c.case.speculation],
+            "sampled" if c.case.sampled else "greedy",
+            f"{c.milliseconds:.1f}",
+            *(f"{c.parts[part]:.2f}" for part in parts),
+            f"{c.others_share:.1%}",
+            f"{c.tokens_per_step_row:.2f}",
+            f"{c.tokens_per_second:.1f}",
+        )
+        for c in result.cases
+    )
+    console.print(
+        table(f"{result.model}, {result.dtype}: one decoding step, median ms by part", columns, rows, texts=3)
+    )
+    for line in verdicts(result):
+        console.print(line, highlight=False)
+
+
+def verdicts(result: StepTimes) -> Iterable[str]:
+    """The bars, and whether they were met."""
+    busiest = [c for c in result.cases if c.case.rows == MOST_ROWS]
+    if busiest:
+        worst = max(c.others_share for c in busiest)
+        bar = f"(bar: <= {HOST_BAR:.0%}, {met(worst <= HOST_BAR)})"
+        yield f"all but verify at {MOST_ROWS} rows: at most {worst:.1%} {bar}"
+    if result.scaling is not None:
+        bar = f"(bar: >= {SCALING_BAR:.0f}x, {met(result.scaling >= SCALING_BAR)})"
+        yield f"plain decode throughput at {MOST_ROWS} over 1: {result.scaling:.1f}x {bar}"
+    if (versus := result.versus) is not None:
+        yield (
+            f"plain decoding, one request of {versus.new_tokens} new tokens, against transformers.generate: "
+            f"{versus.ratio_of_medians:.2f}x as fast by medians; repeats from {versus.ratio.low:.2f}x to "
+            f"{versus.ratio.high:.2f}x; {versus.equal_outputs} of {len(versus.parlay_seconds)} outputs equal"
+        )
+
+
+def met(passed: bool) -> str:
+    return "met" if passed else "missed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring Parlay: workloads, load, environments and reports. Nothing else in the package imports this."""

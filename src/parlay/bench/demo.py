@@ -1,0 +1,277 @@
+"""`parlay demo`: a real server, real requests, and what betting on prompt lookup did to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from parlay.bench import environment
+from parlay.bench.load import Load, Reply, Target, send
+from parlay.bench.local_server import ServerFailed, local_server
+from parlay.bench.report import Advance, Spread, progress, table
+from parlay.bench.workloads import Prompt, load_prompts
+from parlay.types import Speculation
+
+# Without prefix caching every request pays for its prompt, whichever of the two is sent first.
+SERVER_OPTIONS = ("--speculation", "prompt_lookup:4", "--no-prefix-caching", "--log-level", "warning")
+ARMS: tuple[Speculation, Speculation] = ("off", "auto")
+NAMES: dict[Speculation, str] = {"off": "off", "auto": "prompt lookup"}
+CLEARLY = 0.05  # a run this short cannot tell smaller differences
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A load: so many requests at a time, sent in blocks; every block is sent once without and once with guesses."""
+
+    concurrency: int
+    block: int
+    blocks: int = 2
+
+    @property
+    def num_requests(self) -> int:
+        return len(ARMS) * self.block * self.blocks
+
+
+LEVELS = (Level(1, 3), Level(4, 8), Level(16, 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one level and arm delivered, measured by the client."""
+
+    concurrency: int
+    speculation: Speculation
+    requests: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    ttft_p50: float
+    tokens_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Prompt lookup against off, at one level or in one category."""
+
+    name: str
+    off: float  # tokens per second
+    auto: float
+    tokens_per_step: float
+
+    @property
+    def ratio(self) -> float:
+        return self.auto / self.off
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Everything the demo found out."""
+
+    model: str
+    max_tokens: int
+    cells: tuple[Cell, ...]
+    levels: tuple[Comparison, ...]
+    categories: tuple[Comparison, ...]  # at one request at a time
+    texts_compared: int
+    texts_equal: int
+    reading: str
+
+
+def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int = 96) -> None:
+    """Starts a server, sends it the same requests with and without prompt lookup, and prints the comparison.
+
+    Args:
+        model: What to serve.
+        json_to: Also write the numbers to this file; `-` is standard output, and the tables then go to standard error.
+        max_tokens: Output limit of a request.
+
+    Raises:
+        ValueError: when the `openai` package is missing.
+        ServerFailed: when the server does not start, or fails a request.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError("the demo sends its requests with the openai package: pip install 'parlay[demo]'")
+    captured = environment.capture()
+    console = Console(stderr=json_to == "-")
+    with (
+        Console(stderr=True).status(f"starting a server with {model}") as status,
+        local_server(("--model", model, *SERVER_OPTIONS)) as url,
+    ):
+        status.stop()
+        loads = measure(Target(url, model, max_tokens), load_prompts(), LEVELS)
+    result = summarise(environment.portable(model), max_tokens, loads)
+    for part in _tables(result):
+        console.print(part)
+    console.print(result.reading, highlight=False)
+    if json_to is not None:
+        _write(json_to, captured, result)
+
+
+def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level]) -> list[Load]:
+    """Warms the server up, then sends every block of every level twice, the two arms taking turns to go first.
+
+    Raises:
+        ServerFailed: when a request fails.
+    """
+    import openai
+
+    loads: list[Load] = []
+    try:
+        with progress("sending requests", sum(level.num_requests for level in levels)) as advance:
+            _warm_up(target, prompts)
+            for level in levels:
+                loads += _measure_level(target, prompts, level, advance)
+    except openai.OpenAIError as error:
+        raise ServerFailed(f"a request failed: {error}") from error
+    return loads
+
+
+def _warm_up(target: Target, prompts: Sequence[Prompt]) -> None:
+    short = Target(target.url, target.model, 8)
+    for speculation in ARMS:
+        send(short, prompts[:4], speculation, 4, lambda: None)
+
+
+def _measure_level(target: Target, prompts: Sequence[Prompt], level: Level, advance: Advance) -> Iterator[Load]:
+    supply = cycle(prompts)
+    for number in range(level.blocks):
+        block = list(islice(supply, level.block))
+        for speculation in ARMS if number % 2 == 0 else ARMS[::-1]:
+            yield send(target, block, speculation, level.concurrency, advance)
+
+
+def summarise(model: str, max_tokens: int, loads: Sequence[Load]) -> DemoResult:
+    """Turns replies into the comparison."""
+    concurrencies = list(dict.fromkeys(load.concurrency for load in loads))
+    cells = tuple(
+        _cell([load for load in loads if (load.concurrency, load.speculation) == (concurrency, speculation)])
+        for concurrency in concurrencies
+        for speculation in ARMS
+    )
+    levels = tuple(
+        Comparison(str(off.concurrency), off.tokens_per_second, auto.tokens_per_second, auto.tokens_per_step)
+        for off, auto in zip(cells[::2], cells[1::2], strict=True)
+    )
+    pairs = [pair for concurrency in concurrencies for pair in _pairs(loads, concurrency)]
+    equal = sum(off.text == auto.text for off, auto in pairs)
+    return DemoResult(
+        model=model,
+        max_tokens=max_tokens,
+        cells=cells,
+        levels=levels,
+        categories=tuple(_categories(_pairs(loads, concurrencies[0]))),
+        texts_compared=len(pairs),
+        texts_equal=equal,
+        reading=f"{_speed(levels)} {_equality(equal, len(pairs))}",
+    )
+
+
+def _cell(loads: Sequence[Load]) -> Cell:
+    replies = [reply for load in loads for reply in load.replies]
+    tokens, seconds = sum(reply.tokens for reply in replies), sum(load.seconds for load in loads)
+    return Cell(
+        concurrency=loads[0].concurrency,
+        speculation=loads[0].speculation,
+        requests=len(replies),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        ttft_p50=Spread.of(reply.ttft for reply in replies).median,
+        tokens_per_step=_tokens_per_step(replies),
+    )
+
+
+def _pairs(loads: Sequence[Load], concurrency: int) -> list[tuple[Reply, Reply]]:
+    """Replies to the same prompt without and with guesses."""
+    off, auto = (
+        [
+            reply
+            for load in loads
+            if (load.concurrency, load.speculation) == (concurrency, arm)
+            for reply in load.replies
+        ]
+        for arm in ARMS
+    )
+    return list(zip(off, auto, strict=True))
+
+
+def _categories(pairs: Sequence[tuple[Reply, Reply]]) -> Iterator[Comparison]:
+    """One request at a time: a category's speed is its tokens over its requests' own time."""
+    for category in dict.fromkeys(off.category for off, _ in pairs):
+        off, auto = zip(*(pair for pair in pairs if pair[0].category == category), strict=True)
+        yield Comparison(category, _alone(off), _alone(auto), _tokens_per_step(auto))
+
+
+def _alone(replies: Iterable[Reply]) -> float:
+    replies = list(replies)
+    return sum(reply.tokens for reply in replies) / sum(reply.seconds for reply in replies)
+
+
+def _tokens_per_step(replies: Iterable[Reply]) -> float:
+    replies = list(replies)
+    return sum(reply.tokens for reply in replies) / max(1, sum(reply.steps for reply in replies))
+
+
+def _speed(levels: Sequence[Comparison]) -> str:
+    """What the ratios say, good or bad."""
+    ratios = ", ".join(f"{level.ratio:.2f}x at {level.name}" for level in levels)
+    paid = [level.name for level in levels if level.ratio > 1 + CLEARLY]
+    cost = [level.name for level in levels if level.ratio < 1 - CLEARLY]
+    if paid and cost:
+        verdict = f"it paid at {' and '.join(paid)} and cost speed at {' and '.join(cost)}"
+    elif cost:
+        verdict = f"it cost speed at {' and '.join(cost)} and paid nowhere"
+    elif paid:
+        verdict = f"it paid at {' and '.join(paid)} and cost speed nowhere"
+    else:
+        verdict = "no clear difference"
+    return f"Prompt lookup of 4 tokens gives these tokens/s against off: {ratios} requests at a time: {verdict}."
+
+
+def _equality(equal: int, compared: int) -> str:
+    if equal == compared:
+        return f"All {compared} greedy texts were the same with and without it."
+    return (
+        f"{equal} of {compared} greedy texts were the same with and without it; the others part where two tokens "
+        "nearly tie, since low-precision sums round differently in other batch shapes (--parity strict prevents it)."
+    )
+
+
+def _tables(result: DemoResult) -> Iterator[Table]:
+    ratio = {level.name: level.ratio for level in result.levels}
+    columns = ("requests at a time", "speculation", "tokens/s", "ratio", "TTFT p50", "tokens per step")
+    rows = (
+        (
+            cell.concurrency,
+            NAMES[cell.speculation],
+            f"{cell.tokens_per_second:.1f}",
+            f"{ratio[str(cell.concurrency)]:.2f}x" if cell.speculation != "off" else "",
+            f"{1000 * cell.ttft_p50:.0f} ms",
+            f"{cell.tokens_per_step:.2f}",
+        )
+        for cell in result.cells
+    )
+    yield table(f"{result.model}: prompt lookup against off, measured by the client", columns, rows, texts=2)
+    columns = ("1 request at a time", "off tokens/s", "prompt lookup tokens/s", "ratio", "tokens per step")
+    yield table(
+        "by kind of task",
+        columns,
+        (
+            (c.name, f"{c.off:.1f}", f"{c.auto:.1f}", f"{c.ratio:.2f}x", f"{c.tokens_per_step:.2f}")
+            for c in result.categories
+        ),
+    )
+
+
+def _write(target: str, captured: environment.Environment, result: DemoResult) -> None:
+    if target == "-":
+        sys.stdout.write(environment.as_json(captured, result))
+    else:
+        environment.write_json(Path(target), captured, result)

@@ -1,0 +1,155 @@
+"""Logit processing against transformers' own warpers, and the random number generators against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from parlay.engine.sampling import FreshDraws, Path, draw_without_replacement, gumbel_noise, philox, process
+from parlay.types import SamplingParams
+
+VOCAB = 300
+
+
+def logits_of(seed: int, lines: int = 1) -> torch.Tensor:
+    return torch.randn(lines, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, VOCAB + 5),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 0.5),
+    repetition=st.floats(0.5, 2),
+)
+def test_processing_agrees_with_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, repetition: float
+) -> None:
+    prompt, output = (1, 2, 3), (3, 4, 4)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition
+    )
+    found = process(logits_of(seed), [Path(params, prompt, output)]).softmax(-1)
+    ids: Any = torch.tensor([prompt + output])
+    logits: Any = logits_of(seed)
+    expected: Any = RepetitionPenaltyLogitsProcessor(repetition)(ids, logits) / temperature
+    if top_k > 0:
+        expected = TopKLogitsWarper(min(top_k, VOCAB))(ids, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(ids, expected)
+    if min_p > 0:
+        expected = MinPLogitsWarper(min_p)(ids, expected)
+    torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-9, atol=1e-12)
+
+
+def test_lines_are_processed_by_their_own_parameters() -> None:
+    logits = logits_of(1, lines=4)
+    paths = [
+        Path(SamplingParams(top_p=0.3), (1,), ()),
+        Path(SamplingParams(temperature=0), (1,), ()),
+        Path(SamplingParams(top_k=3, min_p=0.2), (1,), ()),
+        Path(SamplingParams(frequency_penalty=1.0), (1,), (5, 5)),
+    ]
+    together = process(logits, paths)
+    for line, path in enumerate(paths):
+        assert together[line].equal(process(logits[line : line + 1], [path])[0])
+
+
+def test_penalties_bias_and_forbidden_tokens() -> None:
+    logits = torch.zeros(1, VOCAB, dtype=torch.float64)
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0})
+    found = process(logits, [Path(params, (7, 7), (5, 5, 6), forbidden=(8,))])[0]
+    assert found[5].item() == -1.0  # once for being there, twice a quarter
+    assert found[6].item() == -0.75
+    assert found[7].item() == 0.0  # only in the prompt
+    assert found[8].item() == float("-inf")
+    assert found[9].item() == 2.0
+    assert not logits.any(), "the model's logits were changed"
+
+
+def test_top_p_widens_its_search_on_flat_distributions() -> None:
+    logits = torch.linspace(0, 0.01, 5000, dtype=torch.float64)[None]
+    kept = process(logits, [Path(SamplingParams(top_p=0.5), (), ())]).isfinite().sum()
+    assert 2400 < kept < 2500
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (0xFFFFFFFF,) * 4,
+            (0xFFFFFFFF,) * 2,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(
+    counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]
+) -> None:
+    """Known answers of Random123's distribution for philox4x32-10."""
+    k0, k1 = (torch.tensor([word]) for word in key)
+    assert tuple(int(w) for w in philox(tuple(torch.tensor([c]) for c in counter), (k0, k1))) == words
+
+
+def test_gumbel_noise_depends_on_its_key_alone() -> None:
+    device = torch.device("cpu")
+    keys = [(1, 0, 0), (-1, 0, 0), (1, 1, 0), (1, 0, 1), (2**40 + 1, 0, 0)]
+    together = gumbel_noise(keys, 101, device)
+    for line, key in enumerate(keys):
+        assert together[line].equal(gumbel_noise([key], 101, device)[0])
+        assert together[line, :50].equal(gumbel_noise([key], 50, device)[0])
+    assert len({tuple(row) for row in together.tolist()}) == len(keys)
+
+
+def test_the_argmax_of_logits_and_noise_has_the_law_of_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
+    count = 20000
+    noise = gumbel_noise([(seed, 0, 3) for seed in range(count)], 5, logits.device)
+    counts = (logits + noise).argmax(-1).bincount(minlength=5)
+    assert noise.isfinite().all()
+    assert chisquare(counts, logits.double().softmax(-1).numpy() * count).pvalue > 1e-4
+
+
+def test_fresh_draws_have_their_laws() -> None:
+    draws = FreshDraws(torch.Generator().manual_seed(0))
+    probs = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0])
+    counts = draws.categorical(probs.expand(20000, 5)).bincount(minlength=5)
+    assert counts[4] == 0
+    assert chisquare(counts[:4], probs[:4].double().numpy() / float(probs.double().sum()) * 20000).pvalue > 1e-4
+    assert abs(draws.accept(torch.full((20000,), 0.3)).float().mean() - 0.3) < 0.02
+
+
+def test_children_are_drawn_without_replacement_in_order() -> None:
+    """Pairs occur as often as drawing, removing and renormalising says; leftovers are uniform."""
+    probs = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0], dtype=torch.float64)
+    count = 20000
+    drawn = draw_without_replacement(probs.expand(count, 5), 4, torch.Generator().manual_seed(1))
+    pairs = (drawn[:, 0] * 5 + drawn[:, 1]).bincount(minlength=25).tolist()
+    expected = [
+        float(probs[i] * probs[j] / (1 - probs[i])) * count if i != j else 0.0 for i in range(5) for j in range(5)
+    ]
+    positive = [i for i, e in enumerate(expected) if e > 0]
+    assert sum(pairs[i] for i in positive) == count
+    assert chisquare([pairs[i] for i in positive], [expected[i] for i in positive]).pvalue > 1e-4
+    last = drawn[:, 3].bincount(minlength=5)
+    assert last[:3].sum() == 0
+    assert abs(int(last[3]) - count / 2) < 4 * (count / 4) ** 0.5
