@@ -16,9 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
-from parlay.bench import environment
+from parlay.bench import environment, report
 from parlay.bench.offline import Run, drive
 from parlay.bench.report import Advance, Spread, progress, table
 from parlay.bench.workloads import encode, load_prompts
@@ -105,20 +103,21 @@ def main() -> None:
     options = parse()
     captured = environment.capture()
     loaded = load_prompts(options.dataset, options.limit)
-    engines = {parity: build(options, parity) for parity in PARITIES}
+    engines: dict[Parity, Engine] = {parity: build(options, parity) for parity in PARITIES}
     prompts = encode(loaded, engines["fast"].tokenizer)
-    arms = [Arm(*chosen) for chosen in product(PARITIES, METHODS, options.concurrency)]
+    loads = list(product(METHODS, options.concurrency))
+    arms = [Arm(parity, *load) for parity, load in product(PARITIES, loads)]
     with progress("decoding", options.repeats * len(arms) * len(prompts)) as advance:
         runs = decode(engines, prompts, arms, options.max_tokens, options.repeats, advance)
     result = ParityResult(
-        model=options.model,
+        model=environment.portable(options.model),
         dtype=str(engines["fast"].model.dtype).removeprefix("torch."),
         dataset=options.dataset.name if options.dataset else "parlay's own prompts",
         prompts=len(prompts),
         max_tokens=options.max_tokens,
         mismatches=tuple(compare(*pair, runs) for pair in pairs(options.concurrency)),
         speeds=tuple(speed(arm, some) for arm, some in runs.items()),
-        prices=tuple(price(*load, runs) for load in product(METHODS, options.concurrency)),
+        prices=tuple(price(*load, runs) for load in loads),
     )
     environment.write_json(options.out, captured, result)
     show(result)
@@ -211,7 +210,7 @@ def price(speculation: Speculation, concurrency: int, runs: Mapping[Arm, Sequenc
 
 
 def show(result: ParityResult) -> None:
-    console = Console()
+    console = report.console()
     console.print(
         table("first differences", ("compared", "with", "outputs", "per token"), differences(result), texts=2)
     )

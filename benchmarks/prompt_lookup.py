@@ -14,14 +14,12 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
-from parlay.bench import environment
+from parlay.bench import environment, report
 from parlay.bench.offline import drive
 from parlay.bench.replay import Replayed, replay
 from parlay.bench.report import Advance, progress, table
 from parlay.bench.workloads import Prompt, encode, load_prompts
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.types import SamplingParams
@@ -42,10 +40,6 @@ class Setting:
 
     def drafter(self) -> PromptLookup:
         return PromptLookup(self.depth, self.branches, self.max_ngram, self.min_ngram, self.order)
-
-    def __str__(self) -> str:
-        shape = f"depth {self.depth}" + (f", {self.branches} branches" if self.branches > 1 else "")
-        return f"{self.min_ngram}-{self.max_ngram} tokens, {self.order}, {shape}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ def main() -> None:
         results = [score(setting, texts, options.max_tokens, advance) for setting in grid]
     results.sort(key=lambda result: -result.overall.tokens_per_step)
     ablation = Ablation(
-        model=options.model,
+        model=environment.portable(options.model),
         dataset=options.dataset.name if options.dataset else "parlay's own prompts",
         prompts=len(texts),
         max_tokens=options.max_tokens,
@@ -144,7 +138,7 @@ def settings() -> Iterator[Setting]:
 
 def generate(options: argparse.Namespace, prompts: Sequence[Prompt], advance: Advance) -> list[Text]:
     """The greedy outputs, decoded without guesses."""
-    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=Speculation()))
+    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=None))
     tokens = encode(prompts, engine.tokenizer)
     params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
     run = drive(engine, tokens, params, options.concurrency, advance)
@@ -176,34 +170,31 @@ def _score(category: str, totals: Replayed) -> Score:
 
 
 def show(ablation: Ablation, top: int) -> None:
-    """The best settings and the default, whatever its place."""
-    console = Console()
-    chosen = [
-        (place, result)
-        for place, result in enumerate(ablation.results, start=1)
-        if place <= top or result.setting == ablation.default
-    ]
-    columns = (
-        "place",
-        "setting",
-        "tokens/step",
-        "guesses/step",
-        "accepted",
-        *(category.category for category in ablation.results[0].categories),
-    )
+    """The best settings and the default, whatever its place, and these two by category."""
+    console = report.console()
+    ranked = list(enumerate(ablation.results, start=1))
+    default = next(result for result in ablation.results if result.setting == ablation.default)
+    columns = ("place", "n-gram", "order", "depth", "branches", "tokens/step", "guesses/step", "accepted")
     rows = (
         (
-            place,
-            f"{result.setting}{' (default)' if result.setting == ablation.default else ''}",
+            f"{place}, default" if result is default else place,
+            f"{result.setting.min_ngram}-{result.setting.max_ngram}",
+            result.setting.order,
+            result.setting.depth,
+            result.setting.branches,
             f"{result.overall.tokens_per_step:.3f}",
             f"{result.overall.guesses_per_step:.2f}",
             f"{result.overall.acceptance:.0%}",
-            *(f"{category.tokens_per_step:.2f}" for category in result.categories),
         )
-        for place, result in chosen
+        for place, result in ranked
+        if place <= top or result is default
     )
     title = f"{ablation.model}, {ablation.dataset}: {ablation.prompts} prompts, {ablation.output_tokens} output tokens"
-    console.print(table(title, columns, rows, texts=2))
+    console.print(table(title, columns, rows, texts=3))
+    best = ablation.results[0]
+    pairs = zip(best.categories, default.categories, strict=True)
+    rows = ((b.category, f"{b.tokens_per_step:.2f}", f"{d.tokens_per_step:.2f}") for b, d in pairs)
+    console.print(table("tokens/step by category", ("category", "best setting", "default"), rows))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from parlay.bench import environment
+from parlay.bench import environment, report
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, Spread, progress, table
 from parlay.bench.workloads import encode, load_prompts
@@ -123,7 +122,7 @@ class Recorder:
 
     def observe(self, rows: Sequence[Row], result: StepResult) -> None:
         self.policy.observe(rows, result)
-        if all(row.count == 1 and row.samples for row in rows):
+        if all(row.count == 1 and got.emitted for row, got in zip(rows, result.rows, strict=True)):
             drafted = sum(got.drafted for got in result.rows)
             emitted = sum(len(got.emitted) for got in result.rows)
             self.steps.append(Step(len(rows), drafted, emitted, dict(result.seconds)))
@@ -147,7 +146,8 @@ def main() -> None:
         versus = compare(engine, options.model, prompts, options.max_tokens, max(5, options.repeats))
     summaries = tuple(summarise(case, steps[case]) for case in cases)
     dtype = str(engine.model.dtype).removeprefix("torch.")
-    result = StepTimes(options.model, dtype, options.max_tokens, options.repeats, summaries, scaling(summaries), versus)
+    model = environment.portable(options.model)
+    result = StepTimes(model, dtype, options.max_tokens, options.repeats, summaries, scaling(summaries), versus)
     environment.write_json(options.out, captured, result)
     show(result)
 
@@ -270,7 +270,7 @@ def generate(model: Any, prompt: Tokens, new_tokens: int) -> Tokens:
 
 
 def show(result: StepTimes) -> None:
-    console = Console()
+    console = report.console()
     parts = list(result.cases[0].parts)
     columns = ("rows", "speculation", "choice", "step ms", *parts, "all but verify", "tokens/row", "tokens/s (min-max)")
     rows = (

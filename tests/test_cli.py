@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 import parlay
 from parlay.cli import app
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig, parse_bet
 from parlay.options import parse_bytes
-from parlay.types import CompletionOutput, RequestOutput, SamplingParams, SpeculationStats, Tree
+from parlay.types import Bet, CompletionOutput, RequestOutput, SamplingParams, SpeculationStats, Tree
 
 
 def run(*arguments: str, stdin: str = "") -> Result:
@@ -154,7 +154,7 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         kv_cache_memory=1 << 20,
         page_size=8,
         prefix_caching=False,
-        speculation=Speculation("prompt_lookup", Tree((-1, -1, 0))),
+        speculation=Bet("prompt_lookup", Tree((-1, -1, 0))),
         parity="strict",
         seed=7,
         self_check=False,
@@ -163,13 +163,13 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_defaults_are_the_engines_own(llm: type[FakeLLM]) -> None:
     assert run("generate", "hi").exit_code == 0
-    assert llm.config == EngineConfig(model="smollm2-135m", speculation=Speculation.parse("auto"))
+    assert llm.config == EngineConfig(model="smollm2-135m", speculation=parse_bet("auto"))
     assert llm.calls == [("chat", [user("hi")], SamplingParams(max_tokens=256))]
 
 
 def test_speculation_off(llm: type[FakeLLM]) -> None:
     assert run("generate", "hi", "--speculation", "off").exit_code == 0
-    assert llm.config.speculation == Speculation()
+    assert llm.config.speculation is None
 
 
 def test_generate_prints_text_and_a_line_of_numbers(llm: type[FakeLLM]) -> None:

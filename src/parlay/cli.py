@@ -132,11 +132,17 @@ def pull(
 
 
 @app.command()
-def demo() -> None:
-    """See speculation at work on the default model, from start to finish."""
-    from parlay.demo import main
+def demo(
+    model: Annotated[str, typer.Option("--model", "-m", help="What to serve.")] = DEFAULT_MODEL,
+    json_to: Annotated[
+        str | None,
+        typer.Option("--json", help="Also write the numbers to this file; - is standard output.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """See speculation at work: a real server, real requests, with and without guesses, in a few minutes."""
+    from parlay.bench.demo import run
 
-    main()
+    run(model, json_to)
 
 
 def _read_prompts(file: Path | None, required: bool) -> list[Any]:

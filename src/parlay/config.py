@@ -8,41 +8,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-from parlay.types import Tree
+from parlay.types import Bet, Tree
 
 
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """What the `fixed` policy bets: a method and a tree, or nothing.
+def parse_bet(text: str) -> Bet | None:
+    """Reads the command-line form of a fixed bet.
 
-    Written `off`, `auto`, `METHOD` (a chain of 4), `METHOD:DEPTH` (a chain) or `METHOD:[-1,0,0,...]` (the parents of
-    a tree, -1 being the last known token).
+    It is `off`, `auto`, `METHOD` (a chain of 4), `METHOD:DEPTH` (a chain) or `METHOD:[-1,0,0,...]` (the parents of a
+    tree, -1 being the last known token). Until a controller exists, `auto` is prompt lookup at a modest depth.
+
+    Raises:
+        ValueError: with the accepted forms, when `text` is none of them.
     """
+    if text == "off":
+        return None
+    if text == "auto":
+        return AUTO
+    method, _, shape = text.partition(":")
+    try:
+        tree = Tree(tuple(json.loads(shape))) if shape.startswith("[") else Tree.chain(int(shape or 4))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH or METHOD:[parents of a tree] ({error})"
+        ) from error
+    return Bet(method, tree) if tree else None
 
-    method: str | None = None
-    tree: Tree = Tree(())
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Reads the command-line form.
-
-        Raises:
-            ValueError: with the accepted forms, when `text` is none of them.
-        """
-        if text == "off":
-            return cls()
-        method, _, shape = text.partition(":")
-        if method == "auto":
-            method = "prompt_lookup"
-        try:
-            tree = Tree(tuple(json.loads(shape))) if shape.startswith("[") else Tree.chain(int(shape or 4))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH or METHOD:[parents of a tree] ({error})"
-            ) from error
-        if not tree:
-            return cls()
-        return cls(method, tree)
+AUTO = Bet("prompt_lookup", Tree.chain(4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,7 @@ class EngineConfig:
         kv_cache_memory: Bytes for the KV pool; None takes a share of free memory, bounded by what the rows can use.
         page_size: Positions per KV page.
         prefix_caching: Reuse KV of equal prompt prefixes.
-        speculation: What to bet; see `Speculation`.
+        speculation: What to bet on every row; None never bets. A text is read by `parse_bet`.
         parity: `strict` makes every reduction independent of what else is in the step.
         seed: Seeds the randomness of unseeded requests.
         self_check: Compare a packed step with plain transformers at load.
@@ -74,14 +66,14 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     page_size: int = 16
     prefix_caching: bool = True
-    speculation: Speculation = Speculation("prompt_lookup", Tree.chain(4))
+    speculation: Bet | None = AUTO
     parity: Literal["fast", "strict"] = "fast"
     seed: int | None = None
     self_check: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.speculation, str):
-            object.__setattr__(self, "speculation", Speculation.parse(self.speculation))
+            object.__setattr__(self, "speculation", parse_bet(self.speculation))
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more")

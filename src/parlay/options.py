@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig, parse_bet
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -56,14 +56,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def parse_speculation(text: str) -> Speculation:
-    """Reads `--speculation`; see `Speculation`."""
-    try:
-        return Speculation.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def _option(help: str, *names: str, panel: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
@@ -105,14 +97,12 @@ def engine_config(
         bool, _capacity("Do not reuse the KV of equal prompt beginnings.", " /--no-prefix-caching", show_default=False)
     ] = _ENGINE.prefix_caching,
     speculation: Annotated[
-        Speculation | None,
+        str,
         _speculation(
             "What to bet: off, auto, METHOD or METHOD:DEPTH for a chain, METHOD:[-1,0,0] for a tree by its parents.",
-            parser=parse_speculation,
             metavar="BET",
-            show_default="auto",
         ),
-    ] = None,
+    ] = "auto",
     parity: Annotated[
         Literal["fast", "strict"],
         _speculation("strict makes greedy and seeded output equal to plain decoding to the last bit, at a price."),
@@ -138,7 +128,7 @@ def engine_config(
         kv_cache_memory=kv_cache_memory,
         page_size=page_size,
         prefix_caching=prefix_caching,
-        speculation=Speculation.parse("auto") if speculation is None else speculation,
+        speculation=parse_bet(speculation),
         parity=parity,
         seed=seed,
         self_check=self_check,

@@ -26,7 +26,10 @@ def obvious(tokens: list[int], depth: int, sizes: range, order: str) -> list[tup
             continue
         starts = [s for s in range(len(tokens) - size) if tokens[s : s + size] == tokens[-size:]]
         for start in starts if order == "earliest" else starts[::-1]:
-            path = tuple(tokens[start + size : start + size + depth])
+            copied = list(tokens)
+            for i in range(depth):
+                copied.append(copied[start + size + i])
+            path = tuple(copied[len(tokens) :])
             if path not in found:
                 found.append(path)
     return found
@@ -69,6 +72,12 @@ def test_drafts_keep_to_the_planned_tree() -> None:
     (draft,) = drafter.draft([row], [Bet("prompt_lookup", Tree((-1, -1, 1)))])
     assert draft is not None
     assert (draft.tree, draft.tokens) == (Tree((-1, -1, 1)), (4, 1, 3))
+
+
+def test_a_pattern_is_continued_past_the_end_of_the_text() -> None:
+    (offer,) = PromptLookup(5).offer([row_of([9, 1, 2, 3, 1, 2, 3])])
+    assert offer is not None
+    assert offer.tokens == (1, 2, 3, 1, 2)
 
 
 def test_nothing_to_find_is_no_offer() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from parlay.config import EngineConfig, Speculation
+
+from parlay.config import EngineConfig, parse_bet
 from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.engine.llm import LLM
-from parlay.types import Delta, InvalidRequest, Request, SamplingParams, Tree
-
+from parlay.types import Bet, Delta, InvalidRequest, Request, SamplingParams, Tree
 from tests.architectures import greedy, make_model, plain_model, prompts_of
 
 REPETITIVE = tuple([7, 8, 9, 10, 11] * 6)
@@ -90,7 +90,7 @@ def test_a_shared_prefix_is_run_once(folder: Path) -> None:
 def test_guesses_shrink_when_pages_are_short_and_preempt_nobody(folder: Path) -> None:
     position = 2 * 2 * 2 * 8 * 8
     engine = engine_for(
-        folder, page_size=2, kv_cache_memory=30 * 2 * position, speculation=Speculation("prompt_lookup", Tree.chain(8))
+        folder, page_size=2, kv_cache_memory=30 * 2 * position, speculation=Bet("prompt_lookup", Tree.chain(8))
     )
     for name in "ab":
         params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
@@ -105,7 +105,7 @@ def test_guesses_shrink_when_pages_are_short_and_preempt_nobody(folder: Path) ->
 
 def test_no_tree_passes_the_limits(folder: Path) -> None:
     """Neither max_tokens nor the context may be passed by a guess."""
-    engine = engine_for(folder, max_model_len=40, speculation=Speculation("prompt_lookup", Tree.chain(8)))
+    engine = engine_for(folder, max_model_len=40, speculation=Bet("prompt_lookup", Tree.chain(8)))
     for number, (prompt, limit) in enumerate(((REPETITIVE, 3), (REPETITIVE, 10), ((1, 2) * 19, None))):
         params = SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True)
         engine.add(Request(str(number), prompt, params))
@@ -160,16 +160,16 @@ def test_bad_configurations_say_what_to_do(values: dict[str, Any], message: str)
 
 
 def test_forms_of_speculation() -> None:
-    assert Speculation.parse("off").method is None
-    assert Speculation.parse("prompt_lookup:0").method is None
-    assert Speculation.parse("auto") == Speculation("prompt_lookup", Tree.chain(4))
-    assert Speculation.parse("prompt_lookup:7").tree == Tree.chain(7)
-    assert Speculation.parse("prompt_lookup:[-1, -1, 0]").tree == Tree((-1, -1, 0))
+    assert parse_bet("off") is None
+    assert parse_bet("prompt_lookup:0") is None
+    assert parse_bet("auto") == Bet("prompt_lookup", Tree.chain(4))
+    assert parse_bet("prompt_lookup:7") == Bet("prompt_lookup", Tree.chain(7))
+    assert parse_bet("prompt_lookup:[-1, -1, 0]") == Bet("prompt_lookup", Tree((-1, -1, 0)))
 
 
 def test_an_unknown_drafter_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'prompt_lookup'"):
-        engine_for(folder, speculation=Speculation.parse("prompt_lokup:3"))
+        engine_for(folder, speculation=parse_bet("prompt_lokup:3"))
 
 
 def test_generate(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
@@ -33,7 +33,7 @@ def small_engine(folder: Path, rng: random.Random) -> Engine:
         EngineConfig(
             str(folder), dtype="float64", page_size=page_size, max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(seqs, 40), kv_cache_memory=pages * page_size * position,
-            prefix_caching=rng.random() < 0.7, speculation=Speculation(), seed=0, self_check=False,
+            prefix_caching=rng.random() < 0.7, speculation=None, seed=0, self_check=False,
         )
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def small_engine(folder: Path, rng: random.Random) -> Engine:
 def expected_outputs(folder: Path, requests: list[Request]) -> dict[str, dict[int, tuple[int, ...]]]:
     """Every request by itself, without speculation, in an engine with room to spare."""
     engine = Engine(
-        EngineConfig(str(folder), dtype="float64", speculation=Speculation(), prefix_caching=False, self_check=False)
+        EngineConfig(str(folder), dtype="float64", speculation=None, prefix_caching=False, self_check=False)
     )
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for request in requests:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, MambaConfig
 
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.engine.attention import UnsupportedModel
 from parlay.engine.checkpoint import CheckpointError
@@ -38,7 +38,7 @@ def test_greedy_identity(kind: str, tmp_path: Path) -> None:
     engine = Engine(
         EngineConfig(
             str(folder), dtype="float64", page_size=4, max_num_batched_tokens=24, max_num_seqs=6,
-            kv_cache_memory=26 * 4 * _bytes_per_position(kind), speculation=Speculation(), seed=0,
+            kv_cache_memory=26 * 4 * _bytes_per_position(kind), speculation=None, seed=0,
         )
     )  # fmt: skip
     engine.drafters = Drafters([NoisyOracle(expected, VOCAB_SIZE)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from parlay.config import EngineConfig, Speculation
+from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
@@ -28,7 +28,7 @@ Output = tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]
 def engine_for(folder: Path, drafter: Drafter | None = None, **options: Any) -> Engine:
     settings: dict[str, Any] = {
         "dtype": "float64",
-        "speculation": Speculation(),
+        "speculation": None,
         "seed": 0,
         "self_check": False,
     } | options

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from parlay.bench import environment
+from parlay.bench import environment, report
 from parlay.bench.load import Load, Reply, Target, send
 from parlay.bench.local_server import ServerFailed, local_server
 from parlay.bench.report import Advance, Spread, progress, table
@@ -99,7 +99,7 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
     if importlib.util.find_spec("openai") is None:
         raise ValueError("the demo sends its requests with the openai package: pip install 'parlay[demo]'")
     captured = environment.capture()
-    console = Console(stderr=json_to == "-")
+    console = report.console(stderr=json_to == "-")
     with (
         Console(stderr=True).status(f"starting a server with {model}") as status,
         local_server(("--model", model, *SERVER_OPTIONS)) as url,

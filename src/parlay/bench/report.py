@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+WIDTH = 160  # columns
 
 Advance = Callable[[], None]
 
@@ -31,6 +34,12 @@ class Spread:
         return f"{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})"
 
 
+def console(stderr: bool = False) -> Console:
+    """A console that does not squeeze its tables where nobody watches, as in a file or a pipe."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=WIDTH)
+
+
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
     """A bar on standard error for the time of the block; the block calls what it gets after each of `total` parts."""
@@ -42,7 +51,7 @@ def progress(description: str, total: int) -> Iterator[Advance]:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> Table:
     """A table whose first `texts` columns are text and whose others are numbers."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number < texts else "right")
     for row in rows:

@@ -17,9 +17,9 @@ WIDTH = array("i").itemsize
 class PromptLookup:
     """Continues the most recent (or earliest) earlier occurrence of the longest matching suffix.
 
-    After apoorvumang's prompt-lookup-decoding. A continuation may be shorter than `depth`, where the match is near
-    the end. With `branches` above 1, distinct continuations of several matches are merged into a tree, the best
-    match first.
+    After apoorvumang's prompt-lookup-decoding. A continuation that reaches the end of the text goes on with its own
+    guesses, as an LZ77 copy does, so that a repeated pattern is continued to any depth. With `branches` above 1,
+    distinct continuations of several matches are merged into a tree, the best match first.
 
     Args:
         depth: Tokens to continue with.
@@ -82,14 +82,15 @@ class PromptLookup:
         return Offer(self.name, *_merge(paths))
 
     def continuations(self, tokens: array[int], depth: int) -> Iterator[tuple[int, ...]]:
-        """Distinct continuations of at most `depth` tokens, longest matching suffix first."""
+        """Distinct continuations of `depth` tokens, longest matching suffix first."""
         text = tokens.tobytes()
         seen: set[tuple[int, ...]] = set()
         for size in self.ngrams:
             if size >= len(tokens):
                 continue
             for start in self._occurrences(text, text[-size * WIDTH :]):
-                path = tuple(tokens[start + size : start + size + depth])
+                following = tokens[start + size : start + size + depth]
+                path = tuple(following[i % len(following)] for i in range(depth))
                 if path not in seen:
                     seen.add(path)
                     yield path

@@ -53,7 +53,7 @@ class Engine:
         bet = config.speculation
         self.drafters = Drafters([])
         self.policy = registry.policies.create("off")
-        if bet.method is not None:
+        if bet is not None:
             branches = bet.tree.parents.count(-1)
             drafter = registry.drafters.create(bet.method, depth=bet.tree.depth, branches=branches)
             self.drafters = Drafters([drafter])

@@ -1,0 +1,66 @@
+"""What the demo makes of replies, and of a server that does not start."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.parity import first_difference
+from parlay.bench import demo, environment
+from parlay.bench.load import Load, Reply
+from parlay.bench.local_server import ServerFailed, local_server
+from parlay.types import Speculation
+
+REPLY = Reply(category="chat", text="a", ttft=0.1, seconds=1.0, tokens=10, steps=10, drafted=0, accepted=0)
+
+
+def loads(concurrency: int, off: float, auto: float, text: str = "a") -> list[Load]:
+    arms: list[tuple[Speculation, float, Reply]] = [
+        ("off", off, REPLY),
+        ("auto", auto, replace(REPLY, text=text, steps=5, seconds=auto)),
+    ]
+    return [Load(concurrency, arm, seconds, (reply,)) for arm, seconds, reply in arms]
+
+
+def test_reading_says_where_it_paid_and_where_it_cost() -> None:
+    result = demo.summarise("m", 10, [*loads(1, 1.0, 0.5), *loads(16, 1.0, 1.25, text="b")])
+    assert [level.ratio for level in result.levels] == [2.0, 0.8]
+    assert "2.00x at 1, 0.80x at 16" in result.reading
+    assert "it paid at 1 and cost speed at 16" in result.reading
+    assert "1 of 2 greedy texts" in result.reading
+    assert result.cells[1].tokens_per_step == 2
+    assert [category.name for category in result.categories] == ["chat"]
+    assert json.loads(environment.as_json(environment.capture(), result))["texts_equal"] == 1
+
+
+def test_reading_claims_nothing_from_noise() -> None:
+    result = demo.summarise("m", 10, [*loads(1, 1.0, 0.98), *loads(4, 1.0, 1.02)])
+    assert "no clear difference" in result.reading
+    assert "All 2 greedy texts" in result.reading
+
+
+def test_missing_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'parlay\[demo\]'"):
+        demo.run()
+
+
+def test_failed_start_shows_the_log() -> None:
+    with pytest.raises(ServerFailed, match=r"status 2:\n(.|\n)*no-such-option"), local_server(["--no-such-option"]):
+        pass
+
+
+def test_environment_names_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/some/where/tool", "--dataset", "/data/set.jsonl", "--rows", "4"])
+    assert environment.capture().command == "tool --dataset set.jsonl --rows 4"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [((1, 2), (1, 2), None), ((1, 2), (1, 3), 1), ((1, 2), (1, 2, 3), 2), ((), (1,), 0)],
+)
+def test_first_difference(one: tuple[int, ...], other: tuple[int, ...], expected: int | None) -> None:
+    assert first_difference(one, other) == expected
