@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -105,8 +104,8 @@ def main() -> None:
     loaded = load_prompts(options.dataset, options.limit)
     engines: dict[Parity, Engine] = {parity: build(options, parity) for parity in PARITIES}
     prompts = encode(loaded, engines["fast"].tokenizer)
-    loads = list(product(METHODS, options.concurrency))
-    arms = [Arm(parity, *load) for parity, load in product(PARITIES, loads)]
+    loads: list[tuple[Speculation, int]] = [(method, count) for count in options.concurrency for method in METHODS]
+    arms = [Arm(parity, method, count) for method, count in loads for parity in PARITIES]
     with progress("decoding", options.repeats * len(arms) * len(prompts)) as advance:
         runs = decode(engines, prompts, arms, options.max_tokens, options.repeats, advance)
     result = ParityResult(
@@ -117,7 +116,7 @@ def main() -> None:
         max_tokens=options.max_tokens,
         mismatches=tuple(compare(*pair, runs) for pair in pairs(options.concurrency)),
         speeds=tuple(speed(arm, some) for arm, some in runs.items()),
-        prices=tuple(price(*load, runs) for load in loads),
+        prices=tuple(price(method, count, runs) for method, count in loads),
     )
     environment.write_json(options.out, captured, result)
     show(result)

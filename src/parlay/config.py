@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
@@ -24,14 +25,17 @@ def parse_bet(text: str) -> Bet | None:
         return None
     if text == "auto":
         return AUTO
-    method, _, shape = text.partition(":")
+    form = re.fullmatch(r"(?P<method>\w+)(:((?P<depth>\d{1,3})|(?P<parents>\[[-\d,\s]*\])))?", text)
     try:
-        tree = Tree(tuple(json.loads(shape))) if shape.startswith("[") else Tree.chain(int(shape or 4))
-    except (ValueError, TypeError) as error:
+        if form is None:
+            raise ValueError("it is none of these")
+        parents, depth = form["parents"], form["depth"]
+        tree = Tree.chain(int(depth or 4)) if parents is None else Tree(tuple(json.loads(parents)))
+    except ValueError as error:
         raise ValueError(
             f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH or METHOD:[parents of a tree] ({error})"
         ) from error
-    return Bet(method, tree) if tree else None
+    return Bet(form["method"], tree) if tree else None
 
 
 AUTO = Bet("prompt_lookup", Tree.chain(4))

@@ -50,7 +50,7 @@ class SamplingParams:
         presence_penalty: Subtracted once from the logit of each token seen in the output.
         frequency_penalty: Subtracted from a token's logit once per occurrence in the output.
         logit_bias: Added to the logits of these token ids before anything else.
-        seed: Fixes the output whatever is speculated; also selects `coupled` verification.
+        seed: Selects `coupled` verification, and fixes its output whatever is guessed and whoever shares the batch.
         stop: The output ends before the first of these strings.
         stop_token_ids: The output ends after any of these tokens.
         ignore_eos: Go on after the model's end-of-sequence token.
@@ -92,7 +92,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _require(1 <= self.n <= 128, "n", "must be from 1 to 128")
-        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
+        _require(
+            self.temperature == 0 or 1e-5 <= self.temperature < math.inf, "temperature", "must be 0, or 0.00001 or more"
+        )
         _require(self.top_k >= -1, "top_k", "must be -1 or 0 (all tokens), or a positive count")
         _require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", "must be from 0 to 1")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 from parlay.bench import environment, report
 from parlay.bench.load import Load, Reply, Target, send
 from parlay.bench.local_server import ServerFailed, local_server
-from parlay.bench.report import Advance, Spread, progress, table
+from parlay.bench.report import Spread, progress, table
 from parlay.bench.workloads import Prompt, load_prompts
 from parlay.types import Speculation
 
@@ -28,18 +29,15 @@ CLEARLY = 0.05  # a run this short cannot tell smaller differences
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A load: so many requests at a time, sent in blocks; every block is sent once without and once with guesses."""
+    """A load: so many requests at a time, and so many in all for each arm in each round."""
 
     concurrency: int
-    block: int
-    blocks: int = 2
-
-    @property
-    def num_requests(self) -> int:
-        return len(ARMS) * self.block * self.blocks
+    requests: int
 
 
-LEVELS = (Level(1, 3), Level(4, 8), Level(16, 16))
+ROUNDS = 3
+PATIENCE = 150  # seconds after which a slow machine is spared the rounds after the first
+LEVELS = (Level(1, 3), Level(4, 4), Level(16, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
 
 
 def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level]) -> list[Load]:
-    """Warms the server up, then sends every block of every level twice, the two arms taking turns to go first.
+    """Sends each level's requests once without and once with guesses, round by round, the arms taking turns.
 
     Raises:
         ServerFailed: when a request fails.
@@ -123,11 +121,17 @@ def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level]) 
     import openai
 
     loads: list[Load] = []
+    supplies = [cycle(prompts) for _ in levels]
+    began = time.monotonic()
     try:
-        with progress("sending requests", sum(level.num_requests for level in levels)) as advance:
+        with progress("sending requests", ROUNDS * sum(len(ARMS) * level.requests for level in levels)) as advance:
             _warm_up(target, prompts)
-            for level in levels:
-                loads += _measure_level(target, prompts, level, advance)
+            for number, (level, supply) in product(range(ROUNDS), list(zip(levels, supplies, strict=True))):
+                if number and time.monotonic() - began > PATIENCE:
+                    break
+                chosen = list(islice(supply, level.requests))
+                arms = ARMS if number % 2 == 0 else ARMS[::-1]
+                loads += [send(target, chosen, arm, level.concurrency, advance) for arm in arms]
     except openai.OpenAIError as error:
         raise ServerFailed(f"a request failed: {error}") from error
     return loads
@@ -137,14 +141,6 @@ def _warm_up(target: Target, prompts: Sequence[Prompt]) -> None:
     short = Target(target.url, target.model, 8)
     for speculation in ARMS:
         send(short, prompts[:4], speculation, 4, lambda: None)
-
-
-def _measure_level(target: Target, prompts: Sequence[Prompt], level: Level, advance: Advance) -> Iterator[Load]:
-    supply = cycle(prompts)
-    for number in range(level.blocks):
-        block = list(islice(supply, level.block))
-        for speculation in ARMS if number % 2 == 0 else ARMS[::-1]:
-            yield send(target, block, speculation, level.concurrency, advance)
 
 
 def summarise(model: str, max_tokens: int, loads: Sequence[Load]) -> DemoResult:

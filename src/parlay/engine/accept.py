@@ -242,6 +242,6 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> t
     """Log-probability of each token and of the `count` most likely ones. logits: [A, vocab], raw."""
     logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(count, dim=-1)
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
     tops = [tuple(zip(line, row, strict=True)) for line, row in zip(ids.tolist(), values.tolist(), strict=True)]
     return tuple(TokenLogprobs(*entry) for entry in zip(tokens, chosen, tops, strict=True))

@@ -43,9 +43,7 @@ class Blocks:
     def take(self) -> int:
         """One private page; the caller has checked `num_free`."""
         page, _ = self._free.popitem(last=False)
-        name = self._name_of.pop(page, None)
-        if name is not None:
-            del self._page_of[name]
+        self.unpublish(page)
         self._count[page] = 1
         return page
 
@@ -75,6 +73,16 @@ class Blocks:
         if name not in self._page_of and page not in self._name_of:
             self._page_of[name] = page
             self._name_of[page] = name
+
+    def unpublish(self, page: int) -> None:
+        """Forgets a page's name, because it is about to be written."""
+        name = self._name_of.pop(page, None)
+        if name is not None:
+            del self._page_of[name]
+
+    def name_of(self, page: int) -> bytes | None:
+        """The digest that a page is published under."""
+        return self._name_of.get(page)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Every page is held exactly as often as the tables say, or free; never both.

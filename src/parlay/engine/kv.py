@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -33,8 +35,8 @@ class PagedKV:
     ) -> None:
         self.page_size = page_size
         slots = num_pages * page_size
-        self.keys = [torch.zeros(slots, s.heads, s.key_size, dtype=dtype, device=device) for s in layers]
-        self.values = [torch.zeros(slots, s.heads, s.value_size, dtype=dtype, device=device) for s in layers]
+        self.keys = [_zeros((slots, s.heads, s.key_size), dtype, device) for s in layers]
+        self.values = [_zeros((slots, s.heads, s.value_size), dtype, device) for s in layers]
 
     @staticmethod
     def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:
@@ -64,3 +66,10 @@ class PagedKV:
         destination = torch.tensor(destinations, device=device)
         for pool in (*self.keys, *self.values):
             pool.index_copy_(0, destination, pool.index_select(0, source))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that cost no memory on the CPU until they are written: the system hands out zeroed pages on first use."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

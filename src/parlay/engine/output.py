@@ -64,7 +64,9 @@ class OutputStream:
             finish_reason=ending.reason,
             stop_reason=ending.stop,
             stats=SpeculationStats(
-                steps=int(bool(tokens)), drafted=result.drafted, accepted=min(len(result.accepted), len(tokens))
+                steps=int(bool(tokens)),
+                drafted=result.drafted,
+                accepted=max(0, min(len(result.accepted), len(tokens) - 1)),
             ),
         )
 
@@ -87,14 +89,14 @@ class OutputStream:
         text = ""
         spoken = self._spoken(tokens, ending)
         for index, token in enumerate(spoken, start=1):
-            final = ending.reason is not None and index == len(spoken)
-            self._held += self._decode([token], final)
+            self._held += self._decode([token], final=False)
             if self._count + index >= self.params.min_tokens and (found := self._find_stop()):
                 at, stop = found
                 return text + self._held[:at], Ending(index, "stop", stop)
             safe = len(self._held) - self._possible_stop()
             text, self._held = text + self._held[:safe], self._held[safe:]
         if ending.reason is not None:
+            self._held += self._decode([], final=True)
             text, self._held = text + self._held, ""
         return text, ending
 

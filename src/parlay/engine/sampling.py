@@ -105,7 +105,8 @@ def _top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
     """
     mass = logits.new_tensor([p.top_p for p in params])[:, None]
-    total = logits.logsumexp(-1, keepdim=True)
+    # Line by line: a sum over a rectangle may be split otherwise, and a seed's output must not depend on the batch.
+    total = torch.stack([line.logsumexp(-1) for line in logits])[:, None]
     vocab, width = logits.shape[-1], 64
     while True:
         best = logits.topk(min(width, vocab), dim=-1).values

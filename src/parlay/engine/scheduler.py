@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from parlay.config import EngineConfig
 from parlay.engine.blocks import Blocks, page_digest
 from parlay.types import Bet, InvalidRequest, Request, Row, StepPlan, StepResult
+
+OLDEST_SHARE = 4  # one part in so many of a step's tokens is kept for the row that has run longest
 
 
 @dataclass(eq=False, slots=True)
@@ -43,8 +45,7 @@ class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse, copy-on-write and preemption by recomputation.
 
     Invariants: `running` is in order of admission; a sequence is in exactly one of `running`, `waiting` or its first
-    choice's `siblings`; positions `computed..` of no sequence lie in a page that another sequence holds once a step
-    has been scheduled.
+    choice's `siblings`; no position that a scheduled row writes lies in a page that is shared or published.
     """
 
     def __init__(self, config: EngineConfig, blocks: Blocks, max_model_len: int) -> None:
@@ -61,11 +62,13 @@ class Scheduler:
     # ---- requests come and go -------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Refuses what could not finish even if it ran alone.
+        """Refuses an id that is in use, and what could not finish even if it ran alone.
 
         Raises:
             InvalidRequest: naming the field and the remedy.
         """
+        if any(seq.request.id == request.id for seq in self.sequences()):
+            raise InvalidRequest(f"request id {request.id!r} is in use; choose another", "id")
         limit = self.max_model_len
         if len(request.prompt) >= limit:
             raise InvalidRequest(
@@ -111,15 +114,14 @@ class Scheduler:
         return gone
 
     def remove(self, seq: Sequence) -> None:
-        """Takes one sequence out and frees its pages; unstarted siblings move on to the queue."""
+        """Takes one sequence out and frees its pages."""
+        assert not seq.siblings, "choices that wait for this one's prompt would be lost"
         self.blocks.release(seq.pages)
         seq.pages = []
         if seq in self.running:
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
-        self.waiting.extendleft(reversed(seq.siblings))
-        seq.siblings = []
 
     def sequences(self) -> Iterator[Sequence]:
         """All live sequences."""
@@ -136,13 +138,19 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """Chooses known tokens for this step; known tokens come before any guess.
 
-        Rows with few known tokens left go first, so that no long prompt delays the others' next token.
+        Rows with few known tokens left go first, so that no long prompt delays the others' next token, but the row
+        that has run longest is always given a share, so that no stream of short prompts starves it.
         """
+        while self._admit():
+            pass
         budget = self.config.max_num_batched_tokens
         counts: dict[Sequence, int] = {}
+        oldest = self.running[:1]
+        shares = {seq: min(seq.remaining, max(1, budget // OLDEST_SHARE)) for seq in oldest}
         for seq in sorted(self.running, key=lambda seq: seq.remaining):
-            count = min(seq.remaining, budget)
-            if not count or seq not in self.running:
+            others = sum(share for other, share in shares.items() if other is not seq and other not in counts)
+            count = min(seq.remaining, budget - others)
+            if count <= 0 or seq not in self.running:
                 continue  # out of budget, or preempted to make room a moment ago
             for victim in self._make_room(seq, seq.computed + count):
                 budget += counts.pop(victim, 0)
@@ -150,28 +158,25 @@ class Scheduler:
                 self._extend(seq, seq.computed + count)
                 counts[seq] = count
                 budget -= count
-        while budget and (seq := self._admit()):
-            counts[seq] = min(seq.remaining, budget)
-            self._extend(seq, seq.computed + counts[seq])
-            budget -= counts[seq]
         self.budget = budget
         return [self._row(seq, counts[seq]) for seq in self.running if seq in counts]
 
-    def _admit(self) -> Sequence | None:
-        """Moves the first waiting sequence to `running` if all its known tokens fit without preemption."""
+    def _admit(self) -> bool:
+        """Moves the first waiting sequence to `running` if everyone's known tokens then still fit."""
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
-            return None
+            return False
         seq = self.waiting[0]
         if not seq.pages:
             self._reuse_prefix(seq)
-        spare = len(self.running)  # a page for everyone else's next token
-        if self.running and self._pages_wanted(seq, len(seq.tokens) + 1) + spare > self.blocks.num_free:
-            return None
-        for _ in self._make_room(seq, len(seq.tokens)):
-            pass  # alone: only waiting forks can be in the way
+        if self.running:
+            wanted = sum(self._pages_wanted(some, len(some.tokens) + 1) for some in (seq, *self.running))
+            if wanted > self.blocks.num_free:
+                return False
+        else:
+            self._make_room(seq, len(seq.tokens))
         self.waiting.remove(seq)
         self.running.append(seq)
-        return seq
+        return True
 
     def _reuse_prefix(self, seq: Sequence) -> None:
         """Takes the published pages that hold the beginning of these tokens; at least one token stays to be run."""
@@ -273,19 +278,19 @@ class Scheduler:
             if self.blocks.is_shared(seq.pages[index]):
                 yield index
 
-    def _make_room(self, seq: Sequence, end: int) -> Iterable[Sequence]:
+    def _make_room(self, seq: Sequence, end: int) -> list[Sequence]:
         """Preempts until positions up to `end` fit: forks in the queue first, then the youngest running row.
 
-        Yields:
+        Returns:
             The preempted, among whom may be `seq` itself.
         """
-        while self._pages_wanted(seq, end) > self.blocks.num_free:
-            victim = next((other for other in reversed(self.waiting) if other.pages and other is not seq), None)
-            victim = victim or self.running[-1]
+        victims: list[Sequence] = []
+        while seq not in victims and self._pages_wanted(seq, end) > self.blocks.num_free:
+            forks = (other for other in reversed(self.waiting) if other.pages and other is not seq)
+            victim = next(forks, None) or self.running[-1]
             self._preempt(victim)
-            yield victim
-            if victim is seq:
-                return
+            victims.append(victim)
+        return victims
 
     def _preempt(self, seq: Sequence) -> None:
         self.blocks.release(seq.pages)
@@ -296,12 +301,14 @@ class Scheduler:
             self.waiting.appendleft(seq)
 
     def _extend(self, seq: Sequence, end: int) -> None:
-        """Gives `seq` private pages for positions computed..end."""
+        """Gives `seq` private, unnamed pages for positions computed..end."""
         for index in self._shared_pages(seq, end):
             copy = self.blocks.take()
             self.page_copies.append((seq.pages[index], copy))
             self.blocks.release([seq.pages[index]])
             seq.pages[index] = copy
+        for page in seq.pages[seq.computed // self.blocks.page_size :]:
+            self.blocks.unpublish(page)  # another choice may have published it with what it wrote there
         while len(seq.pages) < self.blocks.pages_for(end):
             seq.pages.append(self.blocks.take())
 
@@ -321,4 +328,11 @@ class Scheduler:
         for seq in everyone:
             assert 0 <= seq.computed < len(seq.tokens), f"{seq.seq}: {seq.computed} computed of {len(seq.tokens)}"
             assert len(seq.pages) * self.blocks.page_size >= seq.computed, f"{seq.seq}: KV without a page"
-            assert len(seq.digests) == seq.computed // self.blocks.page_size, f"{seq.seq}: unnamed full pages"
+            full = seq.computed // self.blocks.page_size
+            assert len(seq.digests) == full, f"{seq.seq}: unnamed full pages"
+            for page, digest in zip(seq.pages, seq.digests, strict=False):
+                assert self.blocks.name_of(page) in (None, digest), f"{seq.seq}: page {page} has another's name"
+        for seq in self.running:
+            for page in seq.pages[len(seq.digests) :]:
+                fresh = seq.computed < len(seq.request.prompt) and self.blocks.is_shared(page)
+                assert fresh or self.blocks.name_of(page) is None, f"{seq.seq}: page {page} is named before it is full"
