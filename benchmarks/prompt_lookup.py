@@ -22,6 +22,7 @@ from parlay.bench.workloads import Prompt, encode, load_prompts
 from parlay.config import EngineConfig
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
+from parlay.policy.trees import chains
 from parlay.types import SamplingParams
 
 Order = Literal["recent", "earliest"]
@@ -39,7 +40,7 @@ class Setting:
     branches: int
 
     def drafter(self) -> PromptLookup:
-        return PromptLookup(self.depth, self.branches, self.max_ngram, self.min_ngram, self.order)
+        return PromptLookup(chains(self.branches, self.depth), self.max_ngram, self.min_ngram, self.order)
 
 
 @dataclass(frozen=True, slots=True)

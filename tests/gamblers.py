@@ -45,7 +45,7 @@ class _Drafter:
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
         return [None] * len(rows)
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
         pass
 
     def forget(self, seq: int) -> None:

@@ -211,7 +211,8 @@ class Row:
     seq: int  # the engine's number for this choice of this request
     request: Request
     choice: int
-    tokens: array[int]  # all known tokens; shared with the scheduler, read only
+    tokens: array[int]  # the known tokens; shared with the scheduler, which appends to it when the step is over
+    length: int  # how many there are in this step
     start: int  # tokens[:start] are in KV
     count: int  # tokens[start : start + count] run in this step
     scored: int  # prompt positions whose log-probabilities were delivered in earlier steps
@@ -221,7 +222,7 @@ class Row:
     @property
     def samples(self) -> bool:
         """Whether this step reaches the last known token, so that something is emitted."""
-        return self.start + self.count == len(self.tokens)
+        return self.start + self.count == self.length
 
     @property
     def prompt_reads(self) -> range:

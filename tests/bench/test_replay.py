@@ -9,7 +9,7 @@ from parlay.bench.replay import Replayed, replay
 from parlay.config import EngineConfig, parse_bet
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
-from parlay.types import SamplingParams, Speculation
+from parlay.types import SamplingParams, Speculation, Tree
 from tests.tiny import make_tiny_llama
 
 MAX_TOKENS = 60
@@ -34,7 +34,7 @@ def test_replay_equals_the_engine(model: str, depth: int) -> None:
     _, bold = decode(engine, "auto")
     assert [output.tokens for output in bold.outputs] == [output.tokens for output in plain.outputs]
     assert sum(output.stats.accepted for output in bold.outputs) > 0
-    drafter = PromptLookup(depth)
+    drafter = PromptLookup(Tree.chain(depth))
     for prompt, known, real in zip(prompts, plain.outputs, bold.outputs, strict=True):
         earned = replay(drafter, prompt, known.tokens, MAX_TOKENS)
         stats = real.stats
@@ -43,16 +43,16 @@ def test_replay_equals_the_engine(model: str, depth: int) -> None:
 
 def test_a_chain_is_accepted_up_to_the_first_difference() -> None:
     # After 1 2 the lookup says 3 4 5 9, and the output goes on with 3 4 7.
-    earned = replay(PromptLookup(4), [1, 2, 3, 4, 5, 9, 1, 2], [3, 4, 7], max_tokens=8)
+    earned = replay(PromptLookup(Tree.chain(4)), [1, 2, 3, 4, 5, 9, 1, 2], [3, 4, 7], max_tokens=8)
     assert earned == Replayed(steps=1, tokens=3, drafted=4, accepted=2)
 
 
 def test_branches_cover_two_continuations() -> None:
     prompt, output = [1, 2, 3, 8, 1, 2, 4, 9, 1, 2], [3, 8, 5]
-    assert replay(PromptLookup(2), prompt, output, max_tokens=8).steps == 2
-    assert replay(PromptLookup(2, branches=2), prompt, output, max_tokens=8).steps == 1
+    assert replay(PromptLookup(Tree.chain(2)), prompt, output, max_tokens=8).steps == 2
+    assert replay(PromptLookup(Tree((-1, 0, -1, 2))), prompt, output, max_tokens=8).steps == 1
 
 
 def test_nothing_is_guessed_beyond_the_limit() -> None:
-    earned = replay(PromptLookup(4), [1, 2, 3, 4, 1, 2], [3, 4], max_tokens=2)
+    earned = replay(PromptLookup(Tree.chain(4)), [1, 2, 3, 4, 1, 2], [3, 4], max_tokens=2)
     assert earned == Replayed(steps=1, tokens=2, drafted=1, accepted=1)

@@ -16,7 +16,7 @@ from parlay.types import Bet, Request, Row, SamplingParams, Tree
 
 def row_of(tokens: list[int], max_depth: int = 99) -> Row:
     request = Request("r", tuple(tokens), SamplingParams())
-    return Row(1, request, 0, array("i", tokens), 0, len(tokens), 0, max_depth, [])
+    return Row(1, request, 0, array("i", tokens), len(tokens), 0, len(tokens), 0, max_depth, [])
 
 
 def obvious(tokens: list[int], depth: int, sizes: range, order: str) -> list[tuple[int, ...]]:
@@ -44,8 +44,8 @@ def obvious(tokens: list[int], depth: int, sizes: range, order: str) -> list[tup
 def test_finds_what_a_slow_search_finds(
     tokens: list[int], depth: int, longest: int, order: Literal["recent", "earliest"]
 ) -> None:
-    drafter = PromptLookup(depth, max_ngram=longest, order=order)
-    found = list(drafter.continuations(array("i", tokens), depth))
+    drafter = PromptLookup(Tree.chain(depth), max_ngram=longest, order=order)
+    found = list(dict.fromkeys(drafter.continuations(array("i", tokens), depth)))
     assert found == obvious(tokens, depth, range(longest, 0, -1), order)
     (offer,) = drafter.offer([row_of(tokens)])
     assert (offer.tokens if offer else None) == (found[0] if found else None)
@@ -53,13 +53,13 @@ def test_finds_what_a_slow_search_finds(
 
 def test_most_recent_and_earliest() -> None:
     tokens = [1, 2, 7, 7, 1, 2, 8, 8, 1, 2]
-    assert PromptLookup(2).offer([row_of(tokens)])[0].tokens == (8, 8)  # type: ignore[union-attr]
-    assert PromptLookup(2, order="earliest").offer([row_of(tokens)])[0].tokens == (7, 7)  # type: ignore[union-attr]
+    assert PromptLookup(Tree.chain(2)).offer([row_of(tokens)])[0].tokens == (8, 8)  # type: ignore[union-attr]
+    assert PromptLookup(Tree.chain(2), order="earliest").offer([row_of(tokens)])[0].tokens == (7, 7)  # type: ignore[union-attr]
 
 
 def test_branches_share_their_beginnings() -> None:
     tokens = [5, 1, 2, 5, 1, 3, 5, 4, 5]
-    (offer,) = PromptLookup(2, branches=3).offer([row_of(tokens)])
+    (offer,) = PromptLookup(Tree((-1, 0, -1, 2, 2))).offer([row_of(tokens)])
     assert offer is not None
     assert offer.tree == Tree((-1, 0, -1, 2, 2))
     assert offer.tokens == (4, 5, 1, 3, 2)
@@ -67,7 +67,7 @@ def test_branches_share_their_beginnings() -> None:
 
 def test_drafts_keep_to_the_planned_tree() -> None:
     row = row_of([5, 1, 2, 5, 1, 3, 5, 4, 5])
-    drafter = PromptLookup(2, branches=3)
+    drafter = PromptLookup(Tree((-1, 0, -1, 2, 2)))
     drafter.offer([row])
     (draft,) = drafter.draft([row], [Bet("prompt_lookup", Tree((-1, -1, 1)))])
     assert draft is not None
@@ -75,7 +75,7 @@ def test_drafts_keep_to_the_planned_tree() -> None:
 
 
 def test_a_pattern_is_continued_past_the_end_of_the_text() -> None:
-    (offer,) = PromptLookup(5).offer([row_of([9, 1, 2, 3, 1, 2, 3])])
+    (offer,) = PromptLookup(Tree.chain(5)).offer([row_of([9, 1, 2, 3, 1, 2, 3])])
     assert offer is not None
     assert offer.tokens == (1, 2, 3, 1, 2)
 
@@ -86,7 +86,7 @@ def test_nothing_to_find_is_no_offer() -> None:
 
 
 def test_offers_are_no_deeper_than_the_row_allows() -> None:
-    (offer,) = PromptLookup(depth=4).offer([row_of([1] * 9, max_depth=2)])
+    (offer,) = PromptLookup(Tree.chain(4)).offer([row_of([1] * 9, max_depth=2)])
     assert offer is not None
     assert offer.tree == Tree.chain(2)
 

@@ -118,7 +118,7 @@ def test_no_tree_passes_the_limits(folder: Path) -> None:
 
 def test_a_request_may_refuse_guesses(folder: Path) -> None:
     engine = engine_for(folder)
-    engine.drafters = Drafters([PromptLookup(4)])
+    engine.drafters = Drafters([PromptLookup()])
     for name in ("off", "auto"):
         engine.add(Request(name, REPETITIVE, SamplingParams(max_tokens=12, temperature=0, speculation=name)))
     drafted = {"off": 0, "auto": 0}
@@ -213,6 +213,6 @@ import importlib.metadata as m
 point = m.EntryPoint("lucky", "parlay.drafters.prompt_lookup:PromptLookup", "parlay.drafters")
 m.entry_points = lambda group: [point] if group == "parlay.drafters" else []
 from parlay import registry
-assert registry.drafters.create("lucky", depth=3).depth == 3
+assert registry.drafters.create("lucky", max_ngram=2).ngrams == range(2, 0, -1)
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -70,7 +70,7 @@ def test_random_traffic(folder: Path, seed: int) -> None:
     ]  # fmt: skip
     expected = expected_outputs(folder, requests)
     engine = small_engine(folder, rng)
-    engine.drafters = Drafters([PromptLookup(depth=4), RandomSampler(VOCAB_SIZE, seed)])
+    engine.drafters = Drafters([PromptLookup(), RandomSampler(VOCAB_SIZE, seed)])
     engine.policy = RandomPolicy(seed, ["prompt_lookup", "random_sampler"])
     found: dict[str, dict[int, tuple[int, ...]]] = {request.id: {} for request in requests}
     scored: dict[str, int] = {}

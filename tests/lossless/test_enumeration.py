@@ -120,7 +120,7 @@ def emitted_law(draft: Draft, target: Law, params: SamplingParams) -> dict[tuple
     tree, tokens = draft.tree, draft.tokens
     logits = torch.stack([target(path_to(tree, tokens, node)).log() for node in range(-1, len(tree))])
     request = Request("r", (0, 1), params)
-    row = Row(0, request, 0, array("i", (0, 1)), 1, 1, 0, tree.depth, [1])
+    row = Row(0, request, 0, array("i", (0, 1)), 2, 1, 1, 0, tree.depth, [1])
     draws = ExhaustiveDraws()
     acceptor = Acceptor(draws, eos=())
     law: dict[tuple[int, ...], float] = defaultdict(float)

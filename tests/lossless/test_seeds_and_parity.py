@@ -14,7 +14,7 @@ from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
-from parlay.types import Request, SamplingParams, TokenLogprobs
+from parlay.types import Request, SamplingParams, TokenLogprobs, Tree
 from tests.architectures import make_model, prompts_of
 from tests.gamblers import RandomPolicy, RandomSampler
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -58,8 +58,8 @@ def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "prompt lookup": lambda: PromptLookup(depth=6),
-    "prompt lookup tree": lambda: PromptLookup(depth=3, branches=3),
+    "prompt lookup": lambda: PromptLookup(Tree.chain(6)),
+    "prompt lookup tree": lambda: PromptLookup(Tree((-1, -1, -1, 0, 0, 1, 3, 3))),
     "hostile sampler": lambda: RandomSampler(VOCAB_SIZE, seed=9),
 }
 PARAMS = {
@@ -100,7 +100,7 @@ def test_choices_of_one_seed_differ_and_do_not_depend_on_the_drafter(folder: Pat
 
     plain = choices(engine_for(folder))
     assert len({tuple(some) for some in plain.values()}) == 4
-    assert choices(engine_for(folder, PromptLookup(depth=5), max_num_batched_tokens=32)) == plain
+    assert choices(engine_for(folder, PromptLookup(Tree.chain(5)), max_num_batched_tokens=32)) == plain
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_strict_parity_is_exact_to_the_bit(wide: Path, chance: dict[str, Any]) -
     options: dict[str, Any] = {"dtype": "bfloat16", "parity": "strict"}
     plain = engine_for(wide, **options)
     alone = [run(plain, [prompt], **chance)[0] for prompt in prompts]
-    spec = engine_for(wide, PromptLookup(depth=4), page_size=8, max_num_batched_tokens=48, **options)
+    spec = engine_for(wide, PromptLookup(Tree.chain(4)), page_size=8, max_num_batched_tokens=48, **options)
     assert run(spec, prompts, **chance) == alone
     spec = engine_for(wide, RandomSampler(VOCAB_SIZE), page_size=8, max_num_batched_tokens=48, **options)
     assert run(spec, prompts, **chance) == alone
@@ -133,7 +133,7 @@ def test_strict_parity_is_exact_to_the_bit(wide: Path, chance: dict[str, Any]) -
 def test_strict_parity_agrees_with_the_fast_path(folder: Path) -> None:
     prompts = [REPETITIVE, *prompts_of(5)]
     fast = run(engine_for(folder), prompts, temperature=0.0)
-    strict = run(engine_for(folder, PromptLookup(depth=4), parity="strict"), prompts, temperature=0.0)
+    strict = run(engine_for(folder, PromptLookup(Tree.chain(4)), parity="strict"), prompts, temperature=0.0)
     assert tokens(strict) == tokens(fast)
     for (_, one), (_, other) in zip(fast, strict, strict=True):
         assert [a.logprob for a in one] == pytest.approx([b.logprob for b in other], abs=1e-9)
@@ -144,5 +144,5 @@ def test_strict_parity_honours_windows_and_soft_caps(kind: str, tmp_path: Path) 
     folder = make_model(tmp_path, kind)
     prompts = [REPETITIVE, *prompts_of(5)]
     fast = run(engine_for(folder), prompts, temperature=0.0)
-    strict = run(engine_for(folder, PromptLookup(depth=4), parity="strict"), prompts, temperature=0.0)
+    strict = run(engine_for(folder, PromptLookup(Tree.chain(4)), parity="strict"), prompts, temperature=0.0)
     assert tokens(strict) == tokens(fast)

@@ -54,6 +54,7 @@ def replay(drafter: Drafter, prompt: Sequence[int], output: Sequence[int], max_t
             request=request,
             choice=0,
             tokens=tokens,
+            length=len(tokens),
             start=len(tokens) - 1,
             count=1,
             scored=0,

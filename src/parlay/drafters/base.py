@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import torch
 
 from parlay.engine.batch import Draft
 from parlay.types import Bet, Offer, Row, RowResult, StepPlan
@@ -12,11 +14,14 @@ from parlay.types import Bet, Offer, Row, RowResult, StepPlan
 class Drafter(Protocol):
     """Guesses tokens. The engine asks for capabilities, never for identity.
 
+    A registered factory is called with `tree`, the largest tree that will be asked for.
+
     Attributes:
-        name: The method's name in plans, requests and metrics.
-        taps: Layers after which it needs the target's hidden states; empty if none.
-        deterministic: Whether equal tokens always give equal guesses, which `offer` may then show.
-        owns_kv: Whether it keeps KV of its own for known tokens.
+        name: The method's name in plans, requests and metrics; the name it is registered under.
+        taps: Layers after which it needs the target's hidden states; `commit` then brings them. Empty if none.
+        deterministic: Whether equal tokens always give equal guesses. Only then may `offer` show them, and only
+            then do drafts carry no probabilities.
+        owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
     """
 
     name: str
@@ -32,8 +37,14 @@ class Drafter(Protocol):
         """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values."""
         ...
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
-        """Hears what was emitted, before the rows' tokens grow."""
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+        """Hears what was emitted, before the rows' tokens grow.
+
+        Args:
+            rows: All rows of the step, whoever guessed for them.
+            results: What became of them.
+            taps: By layer, hidden states of the packed step; see `Scores`.
+        """
         ...
 
     def forget(self, seq: int) -> None:
@@ -46,6 +57,7 @@ class Drafters:
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self.by_name = {drafter.name: drafter for drafter in drafters}
+        self.taps = tuple(sorted({layer for drafter in drafters for layer in drafter.taps}))
 
     def offer(self, rows: Sequence[Row]) -> list[list[Offer]]:
         """Per row, every drafter's offer; rows that may not guess get none."""
@@ -54,6 +66,7 @@ class Drafters:
         for drafter in self.by_name.values():
             for i, offer in zip(willing, drafter.offer([rows[i] for i in willing]), strict=True):
                 if offer is not None:
+                    assert drafter.deterministic or offer.tokens is None, f"{drafter.name} shows sampled guesses"
                     offers[i].append(offer)
         return offers
 
@@ -64,13 +77,16 @@ class Drafters:
             bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == name]
             if bound:
                 guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound])
-                for (i, _), draft in zip(bound, guesses, strict=True):
-                    drafts[i] = draft if draft is not None and draft.tree else None
+                for (i, bet), draft in zip(bound, guesses, strict=True):
+                    if draft is not None and draft.tree:
+                        fits = len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth
+                        assert fits, f"{name} drew more than the planned tree"
+                        drafts[i] = draft
         return drafts
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
         for drafter in self.by_name.values():
-            drafter.commit(rows, results)
+            drafter.commit(rows, results, taps)
 
     def forget(self, seq: int) -> None:
         for drafter in self.by_name.values():

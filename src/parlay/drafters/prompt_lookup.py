@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Literal
+
+import torch
 
 from parlay.engine.batch import Draft
 from parlay.policy.trees import overlap, subtree
 from parlay.types import Bet, Offer, Row, RowResult, Tree
 
 WIDTH = array("i").itemsize
+MATCHES = 64  # earlier occurrences that are looked at to fill a tree
 
 
 class PromptLookup:
     """Continues the most recent (or earliest) earlier occurrence of the longest matching suffix.
 
     After apoorvumang's prompt-lookup-decoding. A continuation that reaches the end of the text goes on with its own
-    guesses, as an LZ77 copy does, so that a repeated pattern is continued to any depth. With `branches` above 1,
-    distinct continuations of several matches are merged into a tree, the best match first.
+    guesses, as an LZ77 copy does, so that a repeated pattern is continued to any depth. A tree is filled with the
+    continuations of further matches, common beginnings once, the best match first.
 
     Args:
-        depth: Tokens to continue with.
-        branches: Continuations to merge.
+        tree: The largest tree to fill.
         max_ngram: Longest suffix to look for.
         min_ngram: Shortest one.
         order: Which occurrence comes first.
@@ -36,16 +38,14 @@ class PromptLookup:
 
     def __init__(
         self,
-        depth: int = 4,
-        branches: int = 1,
+        tree: Tree = Tree.chain(4),
         max_ngram: int = 3,
         min_ngram: int = 1,
         order: Literal["recent", "earliest"] = "recent",
     ) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError("prompt_lookup: needs 1 <= min_ngram <= max_ngram")
-        self.depth = depth
-        self.branches = branches
+        self.tree = tree
         self.ngrams = range(max_ngram, min_ngram - 1, -1)
         self.order = order
         self._latest: dict[int, Offer | None] = {}
@@ -66,34 +66,29 @@ class PromptLookup:
             drafts.append(Draft(self.name, subtree(offer.tree, nodes), tokens))
         return drafts
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
         pass
 
     def forget(self, seq: int) -> None:
         self._latest.pop(seq, None)
 
     def _offer(self, row: Row) -> Offer | None:
-        depth = min(self.depth, row.max_depth)
-        paths = list(islice(self.continuations(row.tokens, depth), self.branches))
-        if not paths:
-            return None
-        if len(paths) == 1:
-            return Offer(self.name, Tree.chain(len(paths[0])), paths[0])
-        return Offer(self.name, *_merge(paths))
+        bound = self.tree.trim(len(self.tree), row.max_depth)
+        guesses = _Filling(bound)
+        for path in islice(self.continuations(row.tokens, bound.depth), MATCHES):
+            guesses.add(path)
+            if len(guesses.tokens) == len(bound):
+                break
+        return Offer(self.name, Tree(tuple(guesses.parents)), tuple(guesses.tokens)) if guesses.tokens else None
 
     def continuations(self, tokens: array[int], depth: int) -> Iterator[tuple[int, ...]]:
-        """Distinct continuations of `depth` tokens, longest matching suffix first."""
+        """Continuations of `depth` tokens, longest matching suffix first."""
         text = tokens.tobytes()
-        seen: set[tuple[int, ...]] = set()
         for size in self.ngrams:
-            if size >= len(tokens):
-                continue
-            for start in self._occurrences(text, text[-size * WIDTH :]):
-                following = tokens[start + size : start + size + depth]
-                path = tuple(following[i % len(following)] for i in range(depth))
-                if path not in seen:
-                    seen.add(path)
-                    yield path
+            if size < len(tokens):
+                for start in self._occurrences(text, text[-size * WIDTH :]):
+                    following = tokens[start + size : start + size + depth]
+                    yield tuple(following[i % len(following)] for i in range(depth))
 
     def _occurrences(self, text: bytes, suffix: bytes) -> Iterator[int]:
         """Token positions of earlier occurrences; a byte search, kept to whole tokens."""
@@ -112,17 +107,29 @@ class PromptLookup:
                 at = text.find(suffix, at + 1, last)
 
 
-def _merge(paths: Sequence[tuple[int, ...]]) -> tuple[Tree, tuple[int, ...]]:
-    """A tree that holds every path, common beginnings once."""
-    parents: list[int] = []
-    tokens: list[int] = []
-    node_of: dict[tuple[int, int], int] = {}
-    for path in paths:
+class _Filling:
+    """A planned tree on its way to being filled with paths of tokens."""
+
+    def __init__(self, bound: Tree) -> None:
+        self.parents: list[int] = []
+        self.tokens: list[int] = []
+        self._places = bound.children()  # of the planned tree
+        self._place = {-1: -1}  # planned node of each filled one
+        self._children: dict[int, dict[int, int]] = {-1: {}}  # of each filled node: by token
+
+    def add(self, path: Sequence[int]) -> None:
+        """Follows a path as far as it is there already, and adds what the planned tree has places for."""
         parent = -1
         for token in path:
-            if (parent, token) not in node_of:
-                node_of[parent, token] = len(parents)
-                parents.append(parent)
-                tokens.append(token)
-            parent = node_of[parent, token]
-    return Tree(tuple(parents)), tuple(tokens)
+            here = self._children[parent]
+            if token not in here:
+                places = self._places.get(self._place[parent], [])
+                if len(here) == len(places):
+                    return
+                node = len(self.tokens)
+                self._place[node] = places[len(here)]
+                self._children[node] = {}
+                here[token] = node
+                self.parents.append(parent)
+                self.tokens.append(token)
+            parent = here[token]

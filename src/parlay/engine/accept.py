@@ -17,7 +17,7 @@ In each case the outcome is one token; if it is a child, the walk goes on there,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,13 @@ class Scores:
         logits: [N, vocab]; per sampling row the last known token's line, then one per node.
         first_read: Per row, its first line; -1 where the row does not sample.
         prompt_logprobs: Per row, for the prompt positions of this step that were asked for.
+        taps: By layer, the hidden states after it of the packed step: per row its known tokens, then its nodes.
     """
 
     logits: torch.Tensor
     first_read: tuple[int, ...]
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+    taps: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)

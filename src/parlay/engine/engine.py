@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from dataclasses import replace
@@ -24,6 +25,8 @@ from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
 from parlay.types import Delta, InvalidRequest, Request, Row, RowResult, StepResult
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """Continuous batching with lossless speculation over one model. Not thread-safe: one thread owns it.
@@ -44,18 +47,20 @@ class Engine:
         self.tokenizer = Tokenizer(loaded.tokenizer)
         self.eos = _eos(loaded)
         self.vocab_size = int(loaded.config.vocab_size)
-        self.max_model_len = _max_model_len(config, loaded)
-        num_pages = _num_pages(config, loaded, self.max_model_len)
-        self.model = TargetModel(loaded, num_pages, config.page_size, strict)
+        longest = _max_model_len(config, loaded)
+        blocks = Blocks(_num_pages(config, loaded, longest), config.page_size)
+        self.max_model_len = _fitting(config, longest, blocks)
+        self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict)
         if expected is not None:
             self_check.check(self.model, expected)
-        self.scheduler = Scheduler(config, Blocks(num_pages, config.page_size), self.max_model_len)
+        self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
         self.drafters = Drafters([])
         self.policy = registry.policies.create("off")
         if bet is not None:
-            branches = bet.tree.parents.count(-1)
-            drafter = registry.drafters.create(bet.method, depth=bet.tree.depth, branches=branches)
+            drafter = registry.drafters.create(bet.method, tree=bet.tree)
+            if drafter.name != bet.method:
+                raise ValueError(f"the drafter registered as {bet.method!r} calls itself {drafter.name!r}; rename one")
             self.drafters = Drafters([drafter])
             self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree)
         self._random = random.Random(config.seed)
@@ -115,19 +120,18 @@ class Engine:
         lap("plan")
         drafts = self.drafters.draft(rows, plan)
         lap("draft")
-        scores = self.model.verify(rows, drafts, self.scheduler.take_page_copies())
+        scores = self.model.verify(rows, drafts, self.scheduler.take_page_copies(), self.drafters.taps)
         lap("verify")
-        results = self.acceptor.accept(rows, drafts, scores)
+        outcome = self.acceptor.accept(rows, drafts, scores)
         lap("accept")
-        deltas, results = self._read_out(rows, results)
+        deltas, kept = self._read_out(rows, outcome)
         lap("detokenise")
-        self.model.compact(rows, results)
-        result = StepResult(results, lap.seconds)
-        self.drafters.commit(rows, results)
-        self.scheduler.commit(rows, result)
+        self.model.compact(rows, kept)
+        self.drafters.commit(rows, kept, scores.taps)
+        self.scheduler.commit(rows, kept)
         self._finish(rows, deltas)
         lap("commit")
-        self.policy.observe(rows, result)
+        self.policy.observe(rows, StepResult(outcome, lap.seconds))  # an output's end is not a rejection
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
 
     def _read_out(self, rows: list[Row], results: tuple[RowResult, ...]) -> tuple[list[Delta], tuple[RowResult, ...]]:
@@ -197,6 +201,19 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
             f"max_model_len: {config.max_model_len} exceeds the model's context of {loaded.context}; lower it"
         )
     return config.max_model_len
+
+
+def _fitting(config: EngineConfig, longest: int, blocks: Blocks) -> int:
+    """The context that the KV pool can hold for one request."""
+    fits = blocks.num_pages * config.page_size
+    if fits >= longest:
+        return longest
+    if config.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len: {longest} positions do not fit in a KV cache of {fits}; lower it or raise kv_cache_memory"
+        )
+    logger.warning("the KV cache holds %d positions, so the context is %d, not %d", fits, fits, longest)
+    return fits
 
 
 def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> int:

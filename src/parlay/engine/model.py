@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from parlay.types import Row, RowResult, TokenLogprobs
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -30,6 +32,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
     name = config.model_type
     if config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model, and Parlay serves decoder-only language models"
+    if config.get_text_config() is not config:
+        return f"{name} is a multimodal model, and Parlay serves text; use its text-only variant where there is one"
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_ATTENTION)
     if kinds:
         return f"{name} has {', '.join(kinds)} layers, whose state cannot be rolled back after a rejected guess"
@@ -56,8 +60,17 @@ class LoadedModel:
 
     @property
     def context(self) -> int:
-        """The model's own context limit."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
+        """The model's own context limit.
+
+        LongRoPE turns every position by other factors once one of them passes the original context; a packed step has
+        but one set of factors, so such a model is served up to there, and a row's output never depends on another's.
+        """
+        longest = int(getattr(self.config, "max_position_embeddings", None) or 2048)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
+            return min(longest, int(original))
+        return longest
 
 
 def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
@@ -104,7 +117,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         dtype=dtype,
     )
     _refuse_if(_window_refusal(loaded))
-    if config.parity == "strict" and any(getattr(model.config, k, None) for k in ("num_experts", "num_local_experts")):
+    if config.parity == "strict" and any(getattr(model.config, name, None) for name in _EXPERTS):
         _refuse_if("mixture-of-experts models regroup tokens by expert, so --parity strict cannot hold for them")
     return loaded
 
@@ -141,9 +154,14 @@ def _layer_list(model: Any) -> nn.ModuleList:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r} is none of auto, cpu, cuda and cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: this machine has no CUDA device that PyTorch can use; choose cpu")
+    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -168,13 +186,27 @@ class TargetModel:
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
         self.strict = strict
+        self._shapes = loaded.shapes
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
 
+    @contextmanager
+    def borrowed_kv(self, num_pages: int, page_size: int) -> Iterator[None]:
+        """A KV pool of its own for what must not touch the real one."""
+        own, self.kv = self.kv, PagedKV(self._shapes, num_pages, page_size, self.dtype, self.device)
+        try:
+            yield
+        finally:
+            self.kv = own
+
     @torch.inference_mode()
     def verify(
-        self, rows: Sequence[Row], drafts: Sequence[Draft | None], page_copies: Sequence[tuple[int, int]] = ()
+        self,
+        rows: Sequence[Row],
+        drafts: Sequence[Draft | None],
+        page_copies: Sequence[tuple[int, int]] = (),
+        taps: Sequence[int] = (),
     ) -> Scores:
         """Runs every row's known tokens and guesses in one pass and writes their KV.
 
@@ -182,29 +214,35 @@ class TargetModel:
             rows: The step's rows.
             drafts: A tree of guesses, or None, per row.
             page_copies: Pages to copy first (source, destination).
+            taps: Layers after which hidden states are wanted.
 
         Returns:
-            Logits of each sampling row's last known token and of every node, and wanted prompt log-probabilities.
+            Logits of each sampling row's last known token and of every node, wanted prompt log-probabilities, and
+            tapped hidden states of the whole packed step.
         """
         self.kv.copy_pages(page_copies)
         batch = pack(rows, drafts, self.kv.page_size, self.device)
         if self.strict:
-            hidden = self._run_tiles(rows, drafts)
+            hidden, tapped = self._run_tiles(rows, drafts, taps)
             pieces = [*self._head(hidden.index_select(0, batch.reads))]
             logits = torch.cat(pieces) if pieces else hidden[:0]
         else:
             with forward_batch(GatheredAttention(self.kv, batch)):
-                out = self.segments(batch.tokens, batch.positions, reads=batch.reads)
-            hidden, logits = out.hidden, out.logits
-        return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden))
+                out = self.segments(batch.tokens, batch.positions, taps=taps, reads=batch.reads)
+            hidden, tapped, logits = out.hidden, out.taps, out.logits
+        return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden), tapped)
 
-    def _run_tiles(self, rows: Sequence[Row], drafts: Sequence[Draft | None]) -> torch.Tensor:
-        """[T, hidden] before the norm, from passes of one shape."""
-        hidden = []
+    def _run_tiles(
+        self, rows: Sequence[Row], drafts: Sequence[Draft | None], taps: Sequence[int]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """[T, hidden] before the norm, and after each tapped layer, from passes of one shape."""
+        outs = []
         for tile in tiles(rows, drafts, self.kv.page_size, self.device):
             with forward_batch(StrictAttention(self.kv, tile)):
-                hidden.append(self.segments(tile.tokens, tile.positions).hidden)
-        return torch.cat(hidden)
+                outs.append(self.segments(tile.tokens, tile.positions, taps=taps))
+        count = sum(row.count + (len(draft.tree) if draft else 0) for row, draft in zip(rows, drafts, strict=True))
+        tapped = {tap: torch.cat([out.taps[tap] for out in outs])[:count] for tap in taps}
+        return torch.cat([out.hidden for out in outs])[:count], tapped
 
     def _head(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Norm and head over [N, hidden] in chunks; in strict mode all of one shape."""

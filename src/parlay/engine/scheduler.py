@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from parlay.config import EngineConfig
 from parlay.engine.blocks import Blocks, page_digest
-from parlay.types import Bet, InvalidRequest, Request, Row, StepPlan, StepResult
+from parlay.types import Bet, InvalidRequest, Request, Row, RowResult, StepPlan
 
 OLDEST_SHARE = 4  # one part in so many of a step's tokens is kept for the row that has run longest
 
@@ -205,6 +205,7 @@ class Scheduler:
             request=seq.request,
             choice=seq.choice,
             tokens=seq.tokens,
+            length=len(seq.tokens),
             start=seq.computed,
             count=count,
             scored=seq.scored,
@@ -228,10 +229,10 @@ class Scheduler:
             bets.append(bet)
         return StepPlan(tuple(bets))
 
-    def commit(self, rows: list[Row], result: StepResult) -> None:
+    def commit(self, rows: list[Row], results: tuple[RowResult, ...]) -> None:
         """Appends what was emitted, keeps the pages of accepted tokens, publishes full ones and frees the rest."""
         live = {seq.seq: seq for seq in self.running}
-        for row, got in zip(rows, result.rows, strict=True):
+        for row, got in zip(rows, results, strict=True):
             seq = live[row.seq]
             known = row.start + row.count
             seq.tokens.extend(got.emitted)

@@ -30,3 +30,8 @@ def subtree(tree: Tree, nodes: list[int]) -> Tree:
     """The shape of an ancestor-closed set of nodes, given in node order."""
     number = {-1: -1} | {node: i for i, node in enumerate(nodes)}
     return Tree(tuple(number[tree.parents[node]] for node in nodes))
+
+
+def chains(count: int, depth: int) -> Tree:
+    """Independent chains of equal depth, one after the other."""
+    return Tree(tuple(node - 1 if node % depth else -1 for node in range(count * depth)))
