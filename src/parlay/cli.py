@@ -82,11 +82,16 @@ def serve(
             help="Refuse requests without this bearer token.", rich_help_panel="Server", envvar="PARLAY_API_KEY"
         ),
     ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel="Server")
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI clients over HTTP."""
     from parlay.server.app import serve as run_server
 
-    run_server(config, host=host, port=port, served_model_name=served_model_name, api_key=api_key)
+    run_server(
+        config, host=host, port=port, served_model_name=served_model_name, api_key=api_key, access_log=access_log
+    )
 
 
 @app.command()

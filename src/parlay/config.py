@@ -7,9 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from parlay.types import Bet, Tree
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+Parity = Literal["fast", "strict"]
 
 
 def parse_bet(text: str) -> Bet | None:
@@ -62,7 +65,7 @@ class EngineConfig:
     """
 
     model: str
-    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -71,7 +74,7 @@ class EngineConfig:
     page_size: int = 16
     prefix_caching: bool = True
     speculation: Bet | None = AUTO
-    parity: Literal["fast", "strict"] = "fast"
+    parity: Parity = "fast"
     seed: int | None = None
     self_check: bool = True
 
@@ -85,8 +88,9 @@ class EngineConfig:
             raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, or rows would starve")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must be 2 or more")
-        if self.parity not in ("fast", "strict"):
-            raise ValueError('parity: must be "fast" or "strict"')
+        for name, choices in (("parity", get_args(Parity)), ("dtype", get_args(Dtype))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {', '.join(choices)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parlay.config import EngineConfig, parse_bet
+from parlay.config import Dtype, EngineConfig, Parity, parse_bet
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -71,7 +71,7 @@ def engine_config(
         str, _model("A built-in name, a Hugging Face id, a local folder or a .gguf file.", "--model", "-m")
     ] = DEFAULT_MODEL,
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32", "float64"],
+        Dtype,
         _model("Type of weights and activations; auto takes bfloat16 where the hardware is fast at it."),
     ] = _ENGINE.dtype,
     device: Annotated[str, _model("cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = _ENGINE.device,
@@ -104,7 +104,7 @@ def engine_config(
         ),
     ] = "auto",
     parity: Annotated[
-        Literal["fast", "strict"],
+        Parity,
         _speculation("strict makes greedy and seeded output equal to plain decoding to the last bit, at a price."),
     ] = _ENGINE.parity,
     seed: Annotated[int | None, _speculation("Seeds the randomness of requests that bring no seed.")] = _ENGINE.seed,

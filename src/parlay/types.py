@@ -15,7 +15,7 @@ from typing import Literal
 
 Speculation = Literal["off", "auto", "max"]
 Verification = Literal["greedy", "optimal", "coupled"]
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length"]
 
 
 class InvalidRequest(ValueError):
@@ -310,7 +310,6 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     stats: SpeculationStats = SpeculationStats()
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,6 +331,15 @@ def test_a_gguf_file_loads_as_the_model_it_was_made_from(tiny: Path, tiny_gguf: 
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_broken_files_are_one_sentence(tiny: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="cannot be loaded: ") as caught:
+        load(resolve(str(tmp_path)), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
 def test_repository_code_is_never_run(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     config = {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}

@@ -151,7 +151,8 @@ def test_bad_requests_name_the_field(folder: Path, params: SamplingParams, field
         ({"model": "m", "max_num_batched_tokens": 2}, "max_num_batched_tokens"),
         ({"model": "m", "speculation": "prompt_lookup:x"}, "METHOD:DEPTH"),
         ({"model": "m", "speculation": "prompt_lookup:[0]"}, "METHOD:DEPTH"),
-        ({"model": "m", "parity": "exact"}, "parity"),
+        ({"model": "m", "parity": "exact"}, "parity: must be one of fast, strict"),
+        ({"model": "m", "dtype": "int8"}, "dtype: must be one of auto, bfloat16"),
     ],
 )
 def test_bad_configurations_say_what_to_do(values: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from parlay.engine.tokenizer import Tokenizer
 from parlay.types import Delta, Request, RowResult, SamplingParams
 from tests.tiny import tiny_tokenizer
 
-TOKENIZER = Tokenizer(tiny_tokenizer())
+TOKENIZER = Tokenizer(tiny_tokenizer(), max_model_len=256)
 EOS = TOKENIZER.eos_token_id or 0
 PROMPT = tuple(TOKENIZER.encode("Say: "))
 

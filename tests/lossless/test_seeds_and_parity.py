@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,33 @@ def test_strict_parity_is_exact_to_the_bit(wide: Path, chance: dict[str, Any]) -
     assert run(spec, prompts, **chance) == alone
     spec = engine_for(wide, RandomSampler(VOCAB_SIZE), page_size=8, max_num_batched_tokens=48, **options)
     assert run(spec, prompts, **chance) == alone
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """More threads than cut the lines of a tile evenly, so that cuts fall inside of lines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_strict_parity_does_not_depend_on_where_threads_cut(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options: dict[str, Any] = {"dtype": "float32", "parity": "strict"}
+    prompts = [REPETITIVE, *prompts_of(4)]
+    plain = engine_for(tmp_path, **options)
+    alone = [run(plain, [prompt], temperature=0.0)[0] for prompt in prompts]
+    spec = engine_for(tmp_path, RandomSampler(VOCAB_SIZE), max_num_batched_tokens=48, **options)
+    assert run(spec, prompts, temperature=0.0) == alone
+    assert torch.get_num_threads() == 3
 
 
 def test_strict_parity_agrees_with_the_fast_path(folder: Path) -> None:

@@ -216,6 +216,7 @@ def test_every_choice_of_an_echoed_prompt_is_scored(client: openai.OpenAI) -> No
     ("call", "param"),
     [
         ({"prompt": "the " * 300}, "prompt"),
+        ({"prompt": "the " * 1000}, "prompt"),
         ({"prompt": [VOCAB_SIZE]}, "prompt"),
         ({"prompt": ["fine", ""]}, "prompt"),
         ({"prompt": []}, "prompt"),
@@ -249,6 +250,8 @@ def test_bad_calls_name_the_field(client: openai.OpenAI, engine: Engine, call: d
         ({"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": MESSAGES, "extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "chat_template_kwargs"),
+        ({"messages": MESSAGES, "extra_body": {"chat_template_kwargs": {"self": 1}}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "the " * 1000}]}, "prompt"),
     ],
 )
 def test_bad_chats_name_the_field(client: openai.OpenAI, call: dict[str, Any], param: str) -> None:

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from parlay.server.worker import EngineFailed, EngineWorker, ShuttingDown
-from parlay.types import Delta, InvalidRequest, Request, SamplingParams
+from parlay.server.worker import EngineWorker, ShuttingDown
+from parlay.types import InvalidRequest, Request, SamplingParams
 from tests.server.stand_in import StandIn
 
 
@@ -79,26 +79,6 @@ def test_stopping_ends_what_is_in_flight() -> None:
             with pytest.raises(ShuttingDown):
                 await worker.submit([request("b")])
         assert engine.aborted == {"a"}
-
-    asyncio.run(main())
-
-
-def test_an_engine_that_gives_up_on_one_request_serves_the_others() -> None:
-    class Reluctant(StandIn):
-        def step(self) -> list[Delta]:
-            gone = self.live.pop("a", None)
-            refusal = [Delta("a", 0, "", (), finish_reason="error", error="no room")] if gone else []
-            return refusal + super().step()
-
-    async def main() -> None:
-        async with working(Reluctant()) as worker:
-            doomed = await worker.submit([request("a")])
-            other = await worker.submit([request("b")])
-            with pytest.raises(EngineFailed, match="no room"):
-                async for _ in doomed:
-                    pass
-            assert [delta.text async for deltas in other for delta in deltas] == ["a", "b", "c"]
-            assert worker.failure is None
 
     asyncio.run(main())
 

@@ -120,6 +120,7 @@ def load(
     Raises:
         CheckpointError: when transformers cannot load the model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": False}
@@ -133,7 +134,7 @@ def load(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(source.path, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(_explain(source, error)) from error
     return model.eval(), tokenizer
 

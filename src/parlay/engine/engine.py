@@ -44,15 +44,17 @@ class Engine:
         strict = config.parity == "strict"
         loaded = load_model(resolve(config.model), config)
         expected = self_check.reference(loaded) if config.self_check else None
-        self.tokenizer = Tokenizer(loaded.tokenizer)
         self.eos = _eos(loaded)
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
         blocks = Blocks(_num_pages(config, loaded, longest), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
+        self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
         self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict)
         if expected is not None:
             self_check.check(self.model, expected)
+            if strict:
+                self_check.check_strict(self.model)
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
         self.drafters = Drafters([])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,18 @@ class _Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    def output(self, index: int) -> CompletionOutput:
+        assert self.finish_reason is not None, "a choice never ended"
+        return CompletionOutput(
+            index=index,
+            text=self.text,
+            token_ids=tuple(self.tokens),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=tuple(self.logprobs),
+            stats=self.stats,
+        )
+
 
 class _Collected:
     """The deltas of one request, put together."""
@@ -140,19 +152,8 @@ class _Collected:
         return delta.finish_reason is not None and all(c.finish_reason for c in self.choices)
 
     def output(self, prompt: str | None) -> RequestOutput:
-        outputs: Iterable[CompletionOutput] = (
-            CompletionOutput(
-                index=i,
-                text=c.text,
-                token_ids=tuple(c.tokens),
-                finish_reason=c.finish_reason or "abort",
-                stop_reason=c.stop_reason,
-                logprobs=tuple(c.logprobs),
-                stats=c.stats,
-            )
-            for i, c in enumerate(self.choices)
-        )
-        return RequestOutput(self.request.id, prompt, self.request.prompt, tuple(outputs), tuple(self.prompt_logprobs))
+        outputs = tuple(choice.output(index) for index, choice in enumerate(self.choices))
+        return RequestOutput(self.request.id, prompt, self.request.prompt, outputs, tuple(self.prompt_logprobs))
 
 
 class _progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from parlay.engine.batch import Draft, kept_slots, pack
 from parlay.engine.checkpoint import ModelSource, load
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.segments import SegmentedModel
-from parlay.engine.strict import TILE, StrictAttention, tiles
+from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Row, RowResult, TokenLogprobs
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
@@ -86,6 +86,8 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         _refuse_if(_config_refusal(source))
     model, tokenizer = load(source, dtype, device, attn_implementation="eager")
     _refuse_if(refusal(model.config))
+    if config.parity == "strict" and any(getattr(model.config, name, None) for name in _EXPERTS):
+        _refuse_if("mixture-of-experts models regroup tokens by expert, so --parity strict cannot hold for them")
     if getattr(model, "_is_stateful", False):
         _refuse_if(
             f"{model.config.model_type} keeps a recurrent state, which cannot be rolled back after a rejected guess"
@@ -117,8 +119,6 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         dtype=dtype,
     )
     _refuse_if(_window_refusal(loaded))
-    if config.parity == "strict" and any(getattr(model.config, name, None) for name in _EXPERTS):
-        _refuse_if("mixture-of-experts models regroup tokens by expert, so --parity strict cannot hold for them")
     return loaded
 
 
@@ -185,11 +185,15 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        self.strict = strict
+        self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes = loaded.shapes
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
+
+    @property
+    def strict(self) -> bool:
+        return self.products is not None
 
     @contextmanager
     def borrowed_kv(self, num_pages: int, page_size: int) -> Iterator[None]:
@@ -222,15 +226,16 @@ class TargetModel:
         """
         self.kv.copy_pages(page_copies)
         batch = pack(rows, drafts, self.kv.page_size, self.device)
-        if self.strict:
-            hidden, tapped = self._run_tiles(rows, drafts, taps)
-            pieces = [*self._head(hidden.index_select(0, batch.reads))]
-            logits = torch.cat(pieces) if pieces else hidden[:0]
-        else:
-            with forward_batch(GatheredAttention(self.kv, batch)):
-                out = self.segments(batch.tokens, batch.positions, taps=taps, reads=batch.reads)
-            hidden, tapped, logits = out.hidden, out.taps, out.logits
-        return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden), tapped)
+        with self.products or nullcontext():
+            if self.strict:
+                hidden, tapped = self._run_tiles(rows, drafts, taps)
+                pieces = [*self._head(hidden.index_select(0, batch.reads))]
+                logits = torch.cat(pieces) if pieces else hidden[:0]
+            else:
+                with forward_batch(GatheredAttention(self.kv, batch)):
+                    out = self.segments(batch.tokens, batch.positions, taps=taps, reads=batch.reads)
+                hidden, tapped, logits = out.hidden, out.taps, out.logits
+            return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden), tapped)
 
     def _run_tiles(
         self, rows: Sequence[Row], drafts: Sequence[Draft | None], taps: Sequence[int]

@@ -105,12 +105,12 @@ def _top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
     """
     mass = logits.new_tensor([p.top_p for p in params])[:, None]
-    # Line by line: a sum over a rectangle may be split otherwise, and a seed's output must not depend on the batch.
-    total = torch.stack([line.logsumexp(-1) for line in logits])[:, None]
+    # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
+    totals = [line.logsumexp(-1) for line in logits]
     vocab, width = logits.shape[-1], 64
     while True:
         best = logits.topk(min(width, vocab), dim=-1).values
-        held = (best - total).exp().cumsum(-1)
+        held = torch.stack([(line - total).exp().cumsum(-1) for line, total in zip(best, totals, strict=True)])
         if width >= vocab or bool((held[:, -1:] >= mass).all()):
             break
         width *= 8
@@ -229,4 +229,5 @@ def gumbel_noise(seeds: Sequence[tuple[int, int, int]], vocab: int, device: torc
     drawn = philox((blocks, words[3], words[2], zero), (words[0], words[1]))
     bits = torch.stack(drawn, dim=-1).view(len(seeds), -1)[:, :vocab]
     uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # 1 would make the noise infinite
-    return -torch.log(-torch.log1p(-uniform))
+    # Line by line, as in `_top_p`.
+    return torch.stack([-torch.log(-torch.log1p(-line)) for line in uniform])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from dataclasses import dataclass
 
@@ -10,9 +11,13 @@ import torch
 from parlay.engine.attention import UnsupportedModel
 from parlay.engine.batch import Draft
 from parlay.engine.model import LoadedModel, TargetModel
+from parlay.engine.strict import TILE
 from parlay.types import Request, Row, SamplingParams, Tree
 
+logger = logging.getLogger(__name__)
+
 TREE = Tree((-1, -1, 0, 0, 1, 2))
+PAGE = 4
 KNOWN, CACHED, OTHER = 9, 6, 7  # tokens of the row with the tree, those in KV before, tokens of the other row
 
 
@@ -29,6 +34,11 @@ class Reference:
     tokens: tuple[int, ...]
     logits: torch.Tensor
     spread: float
+
+
+def _row(tokens: tuple[int, ...], start: int, count: int, pages: list[int]) -> Row:
+    request = Request("self-check", tokens, SamplingParams(temperature=0))
+    return Row(0, request, 0, array("i", tokens), len(tokens), start, count, 0, len(TREE), pages)
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -63,16 +73,10 @@ def check(model: TargetModel, expected: Reference) -> None:
     known = expected.tokens[:KNOWN]
     other = expected.tokens[KNOWN : KNOWN + OTHER]
     nodes = expected.tokens[KNOWN + OTHER :]
-    page_size = 4
     pages = list(range(1, 9))[::-1]
-
-    def row(tokens: tuple[int, ...], start: int, count: int, pages: list[int]) -> Row:
-        request = Request("self-check", tokens, SamplingParams(temperature=0))
-        return Row(0, request, 0, array("i", tokens), len(tokens), start, count, 0, len(TREE), pages)
-
-    rows = [row(known, CACHED, KNOWN - CACHED, pages[:4]), row(other, 0, OTHER, pages[4:])]
-    with model.borrowed_kv(1 + len(pages), page_size):
-        model.verify([row(known, 0, CACHED, pages[:4])], [None])
+    rows = [_row(known, CACHED, KNOWN - CACHED, pages[:4]), _row(other, 0, OTHER, pages[4:])]
+    with model.borrowed_kv(1 + len(pages), PAGE):
+        model.verify([_row(known, 0, CACHED, pages[:4])], [None])
         logits = model.verify(rows, [Draft("self-check", TREE, nodes), None]).logits
     difference = _rms(logits - expected.logits)
     # transformers' eager attention takes its softmax in float32 whatever the dtype.
@@ -83,4 +87,37 @@ def check(model: TargetModel, expected: Reference) -> None:
             "self-check failed: a packed step differs from plain transformers by "
             f"{difference:.3g} (root mean square of logits), and {allowed:.3g} is what this dtype explains; "
             "this architecture cannot be served exactly"
+        )
+
+
+def check_strict(model: TargetModel) -> None:
+    """Verifies the same guesses at other places of other tiles, and asks for the same bits.
+
+    Where the library that multiplies matrices treats the lines of a product differently, it gets one thread.
+
+    Raises:
+        UnsupportedModel: when they differ even so.
+    """
+    if _is_invariant(model):
+        return
+    assert model.products is not None
+    logger.warning("matrix products depend on the number of threads here, so --parity strict uses one")
+    model.products.threads = 1
+    if not _is_invariant(model):
+        raise UnsupportedModel(
+            "--parity strict cannot hold here: a token's logits depend on its place in a matrix product; use --parity "
+            "fast, or another --dtype or device"
+        )
+
+
+def _is_invariant(model: TargetModel) -> bool:
+    """Whether a chain of guesses gets equal logits alone and behind rows of other lengths."""
+    draft = Draft("self-check", Tree.chain(2 * TILE), tuple(range(1, 2 * TILE + 1)))
+    pages = list(range(1, 1 + 4 * TILE // PAGE))
+    row = _row((1,), 0, 1, pages[TILE // PAGE :])
+    with model.borrowed_kv(1 + len(pages), PAGE):
+        alone = model.verify([row], [draft]).logits
+        return all(
+            torch.equal(model.verify([_row((2,) * shift, 0, shift, pages), row], [None, draft]).logits[1:], alone)
+            for shift in (1, 3, 7, TILE - 1)
         )

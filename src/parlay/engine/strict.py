@@ -4,15 +4,20 @@ The step runs in tiles of exactly TILE tokens, so every matrix product of the mo
 to its own list of slots, in the order of positions, in chunks of exactly CHUNK keys that are combined from left to
 right; a chunk that it may not see changes nothing, to the last bit. What a token computes then depends on its path
 alone, not on its neighbours, on chunked prefill or on whether it was guessed.
+
+On CPU an element-wise operation is cut between threads wherever that falls, and the elements beside a cut are computed
+by other code (scalar, not vector) than the rest. So only matrix products keep their threads here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from parlay.engine.attention import AttentionCall
 from parlay.engine.batch import Draft, ancestors
@@ -21,6 +26,36 @@ from parlay.types import Row
 
 TILE = 16
 CHUNK = 128
+
+
+class ParallelProducts:
+    """A scope in which CPU work runs on one thread, except a model's matrix products.
+
+    Attributes:
+        threads: How many the products use; None means those that PyTorch would use outside of the scope.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.threads: int | None = None
+        self._outside = 1
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+                module.register_forward_pre_hook(self._before_product)
+                module.register_forward_hook(self._after_product)
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._outside)
+
+    def _before_product(self, *_: Any) -> None:
+        torch.set_num_threads(self.threads or self._outside)
+
+    def _after_product(self, *_: Any) -> None:
+        torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

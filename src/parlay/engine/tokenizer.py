@@ -16,10 +16,15 @@ class Tokenizer:
     """A Hugging Face tokenizer for many threads: encoding is locked, decoding works on a copy of its own.
 
     (The library's encoder changes settings while it works, which another thread must not meet.)
+
+    Args:
+        tokenizer: The library's object.
+        max_model_len: Texts that cannot fit are refused before they are encoded, which would hold up everybody else.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self._encoder = tokenizer
+        self._longest_text = max_model_len * max(map(len, tokenizer.get_vocab()))
         self._decoder = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
 
@@ -28,6 +33,17 @@ class Tokenizer:
         return self._encoder.eos_token_id
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            InvalidRequest: when it is longer than any text within the context.
+        """
+        if len(text) > self._longest_text:
+            raise InvalidRequest(
+                f"prompt: {len(text)} characters cannot fit in the context; shorten it to at most {self._longest_text}",
+                "prompt",
+                "context_length_exceeded",
+            )
         with self._lock:
             return self._encoder.encode(text, add_special_tokens=add_special_tokens)
 
@@ -38,16 +54,17 @@ class Tokenizer:
         """Tokens of a conversation, with the opening of the assistant's turn.
 
         Raises:
-            InvalidRequest: when the model has no chat template, or the template refuses the messages.
+            InvalidRequest: when the model has no chat template, the template refuses the messages, or they cannot fit.
         """
         if not self._encoder.chat_template:
             raise InvalidRequest("messages: this model has no chat template; use /v1/completions", "messages")
         options = {"add_generation_prompt": True} | options
         try:
             with self._lock:
-                return self._encoder.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
+                text = self._encoder.apply_chat_template(list(messages), tokenize=False, **options)
         except Exception as error:  # templates are programs of the model's author and may raise anything
             raise InvalidRequest(f"messages: the model's chat template refused them ({error})", "messages") from error
+        return self.encode(text, add_special_tokens=False)  # templates write the special tokens themselves
 
     def token_text(self, token: int) -> str:
         """What one token looks like by itself; broken characters where it is part of one."""

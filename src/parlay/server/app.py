@@ -148,7 +148,7 @@ def serve(
     port: int = 8000,
     served_model_name: str | None = None,
     api_key: str | None = None,
-    log_level: str = "warning",
+    access_log: bool = False,
 ) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM.
 
@@ -158,7 +158,7 @@ def serve(
         port: 0 takes a free one.
         served_model_name: The name that clients ask for; None takes `config.model`.
         api_key: What clients must present; None lets everybody in.
-        log_level: Of the HTTP server, from "critical" to "trace"; from "info" on every request is logged.
+        access_log: Log every HTTP request.
 
     Raises:
         OSError: when the address cannot be had, before anything is loaded.
@@ -171,9 +171,12 @@ def serve(
         worker = EngineWorker(engine)
         model = served_model_name or config.model
         app = create_app(worker, model=model, api_key=api_key)
-        access_log = log_level in ("info", "debug", "trace")
         settings = uvicorn.Config(
-            app, log_level=log_level, access_log=access_log, timeout_graceful_shutdown=GRACE_SECONDS, lifespan="on"
+            app,
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            lifespan="on",
         )
         precision = str(engine.model.dtype).removeprefix("torch.")
         ready = f"{model} ({precision}, {engine.model.device}) is ready at {_url(listener)}"

@@ -13,7 +13,7 @@ from parlay.types import Delta, InvalidRequest, SamplingParams
 
 # Arguments of the tokenizer's method itself; everything else is the template's.
 _TOKENIZER_OPTIONS = frozenset((
-    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation",
+    "self", "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation",
     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 ))  # fmt: skip
 

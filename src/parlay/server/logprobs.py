@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from parlay.server.contract import ServingTokenizer
 from parlay.types import SamplingParams, TokenLogprobs
 
-_FLOOR = -9999.0  # JSON has no minus infinity
+_FLOOR = -9999.0
+
+
+def _written(logprob: float) -> float:
+    """JSON has no infinity and no NaN."""
+    return max(logprob, _FLOOR) if math.isfinite(logprob) else _FLOOR
 
 
 def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) -> dict[str, Any]:
@@ -17,7 +23,7 @@ def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
             "token": tokenizer.token_text(token),
-            "logprob": max(logprob, _FLOOR),
+            "logprob": _written(logprob),
             "bytes": tokenizer.token_bytes(token),
         }
 
@@ -53,9 +59,9 @@ class CompletionLogprobs:
             append(token, None, None)
         for each in scored:
             # The chosen token is always among the alternatives, as OpenAI has it.
-            top = {self._name(token): max(logprob, _FLOOR) for token, logprob in each.top}
-            top.setdefault(self._name(each.token), max(each.logprob, _FLOOR))
-            append(each.token, max(each.logprob, _FLOOR), top)
+            top = {self._name(token): _written(logprob) for token, logprob in each.top}
+            top.setdefault(self._name(each.token), _written(each.logprob))
+            append(each.token, _written(each.logprob), top)
         return piece
 
     def _name(self, token: int) -> str:

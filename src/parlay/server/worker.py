@@ -54,8 +54,6 @@ class Generation:
         if isinstance(arrival, EngineFailed):
             raise arrival
         for delta in arrival:
-            if delta.finish_reason in ("error", "abort"):
-                raise EngineFailed(delta.error or "the engine gave up on this request")
             self._unfinished -= delta.finish_reason is not None
         return arrival
 
