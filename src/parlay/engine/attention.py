@@ -20,6 +20,7 @@ from parlay.engine.batch import AttentionGroup, ForwardBatch
 from parlay.engine.kv import KVShape, PagedKV
 
 NAME = "parlay"
+_UNSUPPORTED = frozenset(("s_aux", "sinks", "position_bias", "alibi"))
 
 
 class UnsupportedModel(ValueError):
@@ -70,9 +71,10 @@ def _attend(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    for name in ("s_aux", "sinks", "position_bias", "alibi"):
-        if unused.get(name) is not None:
-            raise UnsupportedModel(f"this model's attention uses {name!r}, which Parlay does not support yet")
+    if not _UNSUPPORTED.isdisjoint(unused):
+        for name in _UNSUPPORTED & unused.keys():
+            if unused[name] is not None:
+                raise UnsupportedModel(f"this model's attention uses {name!r}, which Parlay does not support yet")
     if attention_mask is not None:
         raise UnsupportedModel("this model builds its own attention mask, so packed trees would be masked wrongly")
     call = AttentionCall(
@@ -122,22 +124,23 @@ class GatheredAttention:
 
     def _group(self, call: AttentionCall, query: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """Attends one rectangle. Query heads that share a KV head become extra queries, so KV is never repeated."""
-        (rows, width), span = group.queries.shape, group.slots.shape[1]
-        keys = self.kv.keys[call.layer].index_select(0, group.slots.view(-1))
-        values = self.kv.values[call.layer].index_select(0, group.slots.view(-1))
-        keys = keys.view(rows, span, *keys.shape[1:]).transpose(1, 2)  # [R, kv_heads, S, D]
-        values = values.view(rows, span, *values.shape[1:]).transpose(1, 2)
-        heads, size = query.shape[1:]
-        folds = heads // keys.shape[1]
-        queries = query[group.queries].view(rows, width, keys.shape[1], folds, size)
-        queries = queries.permute(0, 2, 3, 1, 4).reshape(rows, keys.shape[1], folds * width, size)
+        rows, width = group.visible.shape[:2]
+        pool = self.kv.pools[call.layer]
+        kv_heads, folds = pool.shape[1], query.shape[1] // pool.shape[1]
+        context = group.gather(pool).transpose(1, 2)
+        keys, values = context[..., : query.shape[2]], context[..., query.shape[2] :]  # [R, kv_heads, S, D]
+        some = query[group.queries] if isinstance(group.queries, slice) else query.index_select(0, group.queries)
+        if width > 1:
+            some = some.reshape(rows, width, kv_heads, folds, -1).permute(0, 2, 3, 1, 4)
+        queries = some.reshape(rows, kv_heads, folds * width, -1)
         mask = group.mask(call.window, query.dtype, folds)
         if call.softcap is None:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=call.scale)
         else:
             out = softcapped_attention(queries, keys, values, mask, call.scale, call.softcap)
-        out = out.view(rows, keys.shape[1], folds, width, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows * width, heads, -1)
+        if width > 1:
+            out = out.view(rows, kv_heads, folds, width, -1).permute(0, 3, 1, 2, 4)
+        return out.reshape(rows * width, query.shape[1], -1)
 
 
 def softcapped_attention(

@@ -43,19 +43,29 @@ class AttentionGroup:
     """Rows with similar query counts, padded to a rectangle.
 
     Attributes:
-        queries: [R, Q] indices of packed tokens; padding repeats a row's last one.
-        slots: [R, S] KV slots in row order; padding points into the null page.
+        queries: [R * Q] packed tokens; padding repeats a row's last one.
+        slots: [R * S] KV slots in row order; padding points into the null page.
         query_positions: [R, Q].
         key_positions: [R, S].
         visible: [R, Q, S], True where the query may look.
     """
 
-    queries: torch.Tensor
-    slots: torch.Tensor
+    queries: torch.Tensor | slice
+    slots: torch.Tensor | slice
     query_positions: torch.Tensor
     key_positions: torch.Tensor
     visible: torch.Tensor
+    _gathered: dict[torch.Size, torch.Tensor] = field(default_factory=dict, init=False)
     _masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
+
+    def gather(self, pool: torch.Tensor) -> torch.Tensor:
+        """[R, S, heads, D] of one layer's pool [slots, heads, D], in memory that the next layer will use again."""
+        (rows, _, span), shape = self.visible.shape, pool.shape[1:]
+        if isinstance(self.slots, slice):
+            return pool[self.slots].view(rows, span, *shape)
+        if shape not in self._gathered:
+            self._gathered[shape] = pool.new_empty(rows * span, *shape)
+        return torch.index_select(pool, 0, self.slots, out=self._gathered[shape]).view(rows, span, *shape)
 
     def mask(self, window: int | None, dtype: torch.dtype, folds: int) -> torch.Tensor:
         """Additive mask [R, 1, folds * Q, S], the query block repeated once per query head of a KV head.
@@ -161,8 +171,18 @@ def _group(
         slots[line, :s] = row.context
         key_positions[line, :s] = row.context_positions
         visible[line, :q, :s], visible[line, q:, :s] = row.visible, row.visible[-1]
-    tensors = (queries, slots, query_positions, key_positions, visible)
-    return AttentionGroup(*(torch.from_numpy(array).to(device) for array in tensors))
+    arrays = (query_positions, key_positions, visible)
+    return AttentionGroup(
+        _indices(queries, device), _indices(slots, device), *(torch.from_numpy(array).to(device) for array in arrays)
+    )
+
+
+def _indices(array: np.ndarray, device: torch.device) -> torch.Tensor | slice:
+    """Flattened; a slice where they follow each other, which saves a copy in every layer."""
+    flat = array.ravel()
+    if (np.diff(flat) == 1).all():
+        return slice(int(flat[0]), int(flat[-1]) + 1)
+    return torch.from_numpy(flat).to(device)
 
 
 def _groups(
@@ -180,7 +200,7 @@ def _groups(
         for i in members:
             q = len(rows[i].tokens)
             unpack[starts[i] : starts[i] + q] = np.arange(offset, offset + q)
-            offset += group.queries.shape[1]
+            offset += group.visible.shape[1]
     identity = offset == len(unpack) and bool((unpack == np.arange(offset)).all())
     return tuple(groups), None if identity else torch.from_numpy(unpack).to(device)
 

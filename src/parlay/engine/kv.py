@@ -1,4 +1,4 @@
-"""The paged KV store: one key and one value tensor per layer, addressed by slot = page * page_size + offset."""
+"""The paged KV store: one tensor per layer, addressed by slot = page * page_size + offset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class KVShape:
 
 
 class PagedKV:
-    """Keys and values of every layer by slot.
+    """Keys and values of every layer by slot, side by side, so that one gather fetches both.
 
     Pools start zeroed: a masked position is still multiplied by its weight of 0, which only a finite value survives.
     """
@@ -35,8 +35,9 @@ class PagedKV:
     ) -> None:
         self.page_size = page_size
         slots = num_pages * page_size
-        self.keys = [_zeros((slots, s.heads, s.key_size), dtype, device) for s in layers]
-        self.values = [_zeros((slots, s.heads, s.value_size), dtype, device) for s in layers]
+        self.pools = [_zeros((slots, s.heads, s.key_size + s.value_size), dtype, device) for s in layers]
+        self.keys = [pool[..., : s.key_size] for pool, s in zip(self.pools, layers, strict=True)]
+        self.values = [pool[..., s.key_size :] for pool, s in zip(self.pools, layers, strict=True)]
 
     @staticmethod
     def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:
@@ -67,7 +68,7 @@ class PagedKV:
         device = self.keys[0].device
         source = torch.tensor(sources, device=device)
         destination = torch.tensor(destinations, device=device)
-        for pool in (*self.keys, *self.values):
+        for pool in self.pools:
             pool.index_copy_(0, destination, pool.index_select(0, source))
 
 

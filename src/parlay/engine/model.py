@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from parlay.engine.attention import GatheredAttention, ProbeAttention, Unsupport
 from parlay.engine.batch import Draft, kept_slots, pack
 from parlay.engine.checkpoint import ModelSource, load
 from parlay.engine.kv import KVShape, PagedKV
+from parlay.engine.products import split_products
 from parlay.engine.segments import SegmentedModel
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Row, RowResult, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -185,6 +189,8 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
+        if self.device.type == "cpu" and self.dtype == torch.float32 and split_products(loaded.model):
+            logger.debug("products of few tokens are cut by output features")
         self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes = loaded.shapes
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)

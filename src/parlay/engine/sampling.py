@@ -65,7 +65,8 @@ def process(logits: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
     temperatures = [p.temperature or 1.0 for p in params]
     if any(t != 1 for t in temperatures):
         logits /= logits.new_tensor(temperatures)[:, None]
-    for keep, wanted in (
+    floor = logits.new_full((len(paths), 1), NEVER)
+    for limit, wanted in (
         (_top_k, [p.top_k > 0 and p.temperature > 0 for p in params]),
         (_top_p, [p.top_p < 1 and p.temperature > 0 for p in params]),
         (_min_p, [p.min_p > 0 and p.temperature > 0 for p in params]),
@@ -73,8 +74,9 @@ def process(logits: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
         lines = [line for line, wants in enumerate(wanted) if wants]
         if lines:
             index = torch.tensor(lines, device=logits.device)
-            logits[index] = keep(logits[index], [params[line] for line in lines])
-    return logits
+            some = logits if len(lines) == len(paths) else logits[index]
+            floor[index] = torch.maximum(floor[index], limit(some, floor[index], [params[line] for line in lines]))
+    return logits.masked_fill_(logits < floor, NEVER)
 
 
 def _penalise(logits: torch.Tensor, path: Path) -> None:
@@ -91,22 +93,28 @@ def _penalise(logits: torch.Tensor, path: Path) -> None:
         logits[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
 
 
-def _top_k(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Keeps everything that is no less likely than the k-th token."""
+# Each of these keeps the most likely tokens down to some logit, which it returns ([A, 1]); tokens tied with the last
+# one that is kept stay too. Of its logits [A, vocab] those below `floor` [A, 1] are already gone.
+
+
+def _top_k(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keeps the k most likely tokens."""
     ks = torch.tensor([min(p.top_k, logits.shape[-1]) for p in params], device=logits.device)
     best = logits.topk(int(ks.max()), dim=-1).values  # [A, k]
-    threshold = best.gather(1, ks[:, None] - 1)
-    return logits.masked_fill(logits < threshold, NEVER)
+    return best.gather(1, ks[:, None] - 1)
 
 
-def _top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Keeps the smallest set of most likely tokens that holds the mass; tokens tied with its last stay too.
+def _top_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keeps the smallest set of most likely tokens that holds the mass.
 
     Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
     """
     mass = logits.new_tensor([p.top_p for p in params])[:, None]
     # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
-    totals = [line.logsumexp(-1) for line in logits]
+    totals = [
+        (line if low == NEVER else line[line >= low]).logsumexp(-1)
+        for line, low in zip(logits, floor[:, 0].tolist(), strict=True)
+    ]
     vocab, width = logits.shape[-1], 64
     while True:
         best = logits.topk(min(width, vocab), dim=-1).values
@@ -115,13 +123,13 @@ def _top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
             break
         width *= 8
     last = (held < mass).sum(-1, keepdim=True).clamp(max=best.shape[-1] - 1)  # first index that reaches the mass
-    return logits.masked_fill(logits < best.gather(1, last), NEVER)
+    return best.gather(1, last)
 
 
-def _min_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _min_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Keeps tokens with at least this fraction of the top token's probability."""
     fraction = logits.new_tensor([p.min_p for p in params])[:, None]
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction.log(), NEVER)
+    return logits.amax(-1, keepdim=True) + fraction.log()
 
 
 class Draws(Protocol):
@@ -153,9 +161,12 @@ class FreshDraws:
         return drawn < probability
 
     def categorical(self, probs: torch.Tensor) -> torch.Tensor:
-        # The token whose exponential clock, running at the rate of its probability, rings first.
-        clocks = torch.empty_like(probs).exponential_(generator=self.generator)
-        return (probs / clocks).argmax(-1)
+        # One number per line in float64, where the sums of a whole vocabulary are exact enough to be looked up.
+        heights = probs.cumsum(-1, dtype=torch.float64)
+        total = heights[:, -1:]
+        drawn = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=self.generator) * total
+        drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up
+        return torch.searchsorted(heights, drawn, right=True)[:, 0]
 
     def gumbel(self, keys: Sequence[tuple[int, int, int]], logits: torch.Tensor) -> torch.Tensor:
         return gumbel_noise(keys, logits.shape[-1], logits.device)

@@ -8,7 +8,7 @@ keeps only the positions that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,13 @@ class _StandIn(nn.Module):
         super().__init__()
         self.layer = layer
         self.returns_tuple = returns_tuple
-        self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
+        self.noted: list[Any] = [(), {}]
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.noted = (args, kwargs)
-        return (hidden_states,) if self.returns_tuple else hidden_states
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
+        self.noted[:] = args, kwargs
+        hidden = hidden_states if self.then is None else self.then(hidden_states)
+        return (hidden,) if self.returns_tuple else hidden
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self.noted
@@ -77,7 +79,7 @@ class SegmentedModel:
         self._stand_ins = [_StandIn(layer, returns_tuple) for layer in layers]
         for index, stand_in in enumerate(self._stand_ins):
             layers[index] = stand_in
-        self._stand_ins[-1].register_forward_hook(self._run_layers)
+        self._stand_ins[-1].then = self._run_layers
         model.get_output_embeddings().register_forward_pre_hook(self._keep_read)  # type: ignore[operator]
 
     def __call__(
@@ -111,14 +113,10 @@ class SegmentedModel:
         assert work.hidden is not None
         return SegmentOutput(work.hidden, work.tapped, logits)
 
-    def _run_layers(self, _last: nn.Module, _args: Any, embedded: Any) -> Any:
+    def _run_layers(self, embedded: torch.Tensor) -> torch.Tensor:
         work = self._work
         assert work is not None
-        returns_tuple = isinstance(embedded, tuple)
-        if work.hidden is None:
-            hidden = embedded[0] if returns_tuple else embedded
-        else:
-            hidden = work.hidden[None]
+        hidden = embedded if work.hidden is None else work.hidden[None]
         if work.layers.start in work.taps:
             work.tapped[work.layers.start] = hidden[0]
         for index in work.layers:
@@ -126,7 +124,7 @@ class SegmentedModel:
             if index + 1 in work.taps:
                 work.tapped[index + 1] = hidden[0]
         work.hidden = hidden[0]
-        return (hidden,) if returns_tuple else hidden
+        return hidden
 
     def _keep_read(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         work = self._work
