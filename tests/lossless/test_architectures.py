@@ -25,7 +25,7 @@ LENGTH = 14
 
 def position_bytes(engine: Engine) -> int:
     kv = engine.model.kv
-    return sum(pool[0].numel() * pool.element_size() for pool in kv.pools)
+    return sum(slots[0].numel() * slots.element_size() for slots in kv.slots)
 
 
 @pytest.mark.parametrize("kind", EXTRA)

@@ -126,7 +126,7 @@ class GatheredAttention:
         """Attends one rectangle. Query heads that share a KV head become extra queries, so KV is never repeated."""
         rows, width = group.visible.shape[:2]
         pool = self.kv.pools[call.layer]
-        kv_heads, folds = pool.shape[1], query.shape[1] // pool.shape[1]
+        kv_heads, folds = pool.shape[2], query.shape[1] // pool.shape[2]
         context = group.gather(pool).transpose(1, 2)
         keys, values = context[..., : query.shape[2]], context[..., query.shape[2] :]  # [R, kv_heads, S, D]
         some = query[group.queries] if isinstance(group.queries, slice) else query.index_select(0, group.queries)

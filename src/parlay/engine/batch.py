@@ -17,6 +17,7 @@ from parlay.engine.blocks import NULL_PAGE
 from parlay.types import Row, Tree
 
 NO_TREE = Tree(())
+GROUP_COST = 512  # padded KV slots that take about as long as one more group
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,14 @@ class AttentionGroup:
 
     Attributes:
         queries: [R * Q] packed tokens; padding repeats a row's last one.
-        slots: [R * S] KV slots in row order; padding points into the null page.
+        pages: [R * P] KV pages in row order, of P * page size = S positions; padding is the null page.
         query_positions: [R, Q].
         key_positions: [R, S].
         visible: [R, Q, S], True where the query may look.
     """
 
     queries: torch.Tensor | slice
-    slots: torch.Tensor | slice
+    pages: torch.Tensor | slice
     query_positions: torch.Tensor
     key_positions: torch.Tensor
     visible: torch.Tensor
@@ -59,13 +60,13 @@ class AttentionGroup:
     _masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
     def gather(self, pool: torch.Tensor) -> torch.Tensor:
-        """[R, S, heads, D] of one layer's pool [slots, heads, D], in memory that the next layer will use again."""
+        """[R, S, heads, D] of a layer's pool [pages, page size, heads, D], in memory that the next layer uses again."""
         (rows, _, span), shape = self.visible.shape, pool.shape[1:]
-        if isinstance(self.slots, slice):
-            return pool[self.slots].view(rows, span, *shape)
+        if isinstance(self.pages, slice):
+            return pool[self.pages].view(rows, span, *shape[1:])
         if shape not in self._gathered:
-            self._gathered[shape] = pool.new_empty(rows * span, *shape)
-        return torch.index_select(pool, 0, self.slots, out=self._gathered[shape]).view(rows, span, *shape)
+            self._gathered[shape] = pool.new_empty(len(self.pages), *shape)
+        return torch.index_select(pool, 0, self.pages, out=self._gathered[shape]).view(rows, span, *shape[1:])
 
     def mask(self, window: int | None, dtype: torch.dtype, folds: int) -> torch.Tensor:
         """Additive mask [R, 1, folds * Q, S], the query block repeated once per query head of a KV head.
@@ -114,9 +115,13 @@ class _PackedRow:
     tokens: np.ndarray  # [q]
     positions: np.ndarray  # [q]
     slots: np.ndarray  # [q]
-    context: np.ndarray  # [s] slots of everything the row may look at: known tokens, then nodes
+    pages: np.ndarray  # those of everything the row may look at: known tokens, then nodes
     context_positions: np.ndarray  # [s]
     visible: np.ndarray  # [q, s]
+
+    @property
+    def span(self) -> int:
+        return len(self.context_positions)
 
 
 def ancestors(tree: Tree) -> np.ndarray:
@@ -131,9 +136,8 @@ def ancestors(tree: Tree) -> np.ndarray:
 def _pack_row(row: Row, draft: Draft | None, page_size: int) -> _PackedRow:
     tree = draft.tree if draft else NO_TREE
     end = row.start + row.count
-    pages = np.asarray(row.pages, dtype=np.int64)
-    index = np.arange(end + len(tree))
-    context = pages[index // page_size] * page_size + index % page_size
+    pages = np.asarray(row.pages[: -(-(end + len(tree)) // page_size)], dtype=np.int64)
+    index = np.arange(row.start, end + len(tree))
     known = np.arange(end)
     nodes = end - 1 + np.asarray(tree.depths, dtype=np.int64)
     positions = np.concatenate([known[row.start :], nodes])
@@ -143,8 +147,8 @@ def _pack_row(row: Row, draft: Draft | None, page_size: int) -> _PackedRow:
     return _PackedRow(
         tokens=np.asarray([*row.tokens[row.start : end], *(draft.tokens if draft else ())], dtype=np.int64),
         positions=positions,
-        slots=context[row.start :],
-        context=context,
+        slots=pages[index // page_size] * page_size + index % page_size,
+        pages=pages,
         context_positions=np.concatenate([known, nodes]),
         visible=visible,
     )
@@ -155,25 +159,25 @@ def _power_of_two(count: int) -> int:
 
 
 def _group(
-    rows: Sequence[_PackedRow], members: Sequence[int], starts: Sequence[int], device: torch.device
+    rows: Sequence[_PackedRow], members: Sequence[int], starts: Sequence[int], page_size: int, device: torch.device
 ) -> AttentionGroup:
     width = max(len(rows[i].tokens) for i in members)
-    span = max(len(rows[i].context) for i in members)
+    pages = np.full((len(members), max(len(rows[i].pages) for i in members)), NULL_PAGE, dtype=np.int64)
+    span = pages.shape[1] * page_size
     queries = np.zeros((len(members), width), dtype=np.int64)
     query_positions = np.zeros((len(members), width), dtype=np.int64)
-    slots = np.full((len(members), span), NULL_PAGE, dtype=np.int64)
     key_positions = np.zeros((len(members), span), dtype=np.int64)
     visible = np.zeros((len(members), width, span), dtype=bool)
     for line, i in enumerate(members):
-        row, q, s = rows[i], len(rows[i].tokens), len(rows[i].context)
+        row, q, s = rows[i], len(rows[i].tokens), rows[i].span
         queries[line] = starts[i] + np.minimum(np.arange(width), q - 1)
         query_positions[line, :q], query_positions[line, q:] = row.positions, row.positions[-1]
-        slots[line, :s] = row.context
+        pages[line, : len(row.pages)] = row.pages
         key_positions[line, :s] = row.context_positions
         visible[line, :q, :s], visible[line, q:, :s] = row.visible, row.visible[-1]
     arrays = (query_positions, key_positions, visible)
     return AttentionGroup(
-        _indices(queries, device), _indices(slots, device), *(torch.from_numpy(array).to(device) for array in arrays)
+        _indices(queries, device), _indices(pages, device), *(torch.from_numpy(array).to(device) for array in arrays)
     )
 
 
@@ -185,17 +189,30 @@ def _indices(array: np.ndarray, device: torch.device) -> torch.Tensor | slice:
     return torch.from_numpy(flat).to(device)
 
 
+def _cut_by_context(members: list[int], rows: Sequence[_PackedRow]) -> Iterator[list[int]]:
+    """Cuts a bucket from its longest context down wherever that saves enough padding to pay for another group."""
+    left = sorted(members, key=lambda i: -rows[i].span)
+    if (rows[left[0]].span - rows[left[-1]].span) * len(left) <= GROUP_COST:
+        yield members  # in packed order, which may save a copy
+        return
+    while left:
+        spans = [rows[i].span for i in left]
+        cut = next((n for n, span in enumerate(spans) if (spans[0] - span) * (len(left) - n) > GROUP_COST), len(left))
+        yield left[:cut]
+        left = left[cut:]
+
+
 def _groups(
-    rows: Sequence[_PackedRow], starts: Sequence[int], device: torch.device
+    rows: Sequence[_PackedRow], starts: Sequence[int], page_size: int, device: torch.device
 ) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
-    """Buckets rows by query count, to powers of two, and says where each token ends up."""
+    """Buckets rows by query count, to powers of two, and by context, and says where each token ends up."""
     buckets: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         buckets.setdefault(_power_of_two(len(row.tokens)), []).append(i)
     groups, offset = [], 0
     unpack = np.empty(sum(len(row.tokens) for row in rows), dtype=np.int64)
-    for members in buckets.values():
-        group = _group(rows, members, starts, device)
+    for members in (part for bucket in buckets.values() for part in _cut_by_context(bucket, rows)):
+        group = _group(rows, members, starts, page_size, device)
         groups.append(group)
         for i in members:
             q = len(rows[i].tokens)
@@ -215,7 +232,7 @@ def pack(rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, de
         first_read.append(len(reads) if row.samples else -1)
         if row.samples:
             reads.extend(range(starts[i] + row.count - 1, starts[i + 1]))
-    groups, unpack = _groups(packed, starts, device)
+    groups, unpack = _groups(packed, starts, page_size, device)
 
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(row, name) for row in packed])).to(device)

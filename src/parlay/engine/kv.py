@@ -34,10 +34,11 @@ class PagedKV:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        slots = num_pages * page_size
-        self.pools = [_zeros((slots, s.heads, s.key_size + s.value_size), dtype, device) for s in layers]
-        self.keys = [pool[..., : s.key_size] for pool, s in zip(self.pools, layers, strict=True)]
-        self.values = [pool[..., s.key_size :] for pool, s in zip(self.pools, layers, strict=True)]
+        sizes = [(num_pages, page_size, s.heads, s.key_size + s.value_size) for s in layers]
+        self.pools = [_zeros(size, dtype, device) for size in sizes]
+        self.slots = [pool.flatten(0, 1) for pool in self.pools]  # the same memory, slot by slot
+        self.keys = [slots[..., : s.key_size] for slots, s in zip(self.slots, layers, strict=True)]
+        self.values = [slots[..., s.key_size :] for slots, s in zip(self.slots, layers, strict=True)]
 
     @staticmethod
     def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:
@@ -55,21 +56,19 @@ class PagedKV:
         """Copies whole pages (source, destination); a later copy to the same page wins."""
         if copies:
             last = {destination: source for source, destination in copies}
-            offsets = range(self.page_size)
-            self.move(
-                [source * self.page_size + offset for source in last.values() for offset in offsets],
-                [destination * self.page_size + offset for destination in last for offset in offsets],
-            )
+            _copy(self.pools, list(last.values()), list(last))
 
     def move(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies slots in every layer; all sources are read before anything is written."""
-        if not sources:
-            return
-        device = self.keys[0].device
-        source = torch.tensor(sources, device=device)
-        destination = torch.tensor(destinations, device=device)
-        for pool in self.pools:
-            pool.index_copy_(0, destination, pool.index_select(0, source))
+        if sources:
+            _copy(self.slots, sources, destinations)
+
+
+def _copy(tensors: Sequence[torch.Tensor], sources: Sequence[int], destinations: Sequence[int]) -> None:
+    source = torch.tensor(sources, device=tensors[0].device)
+    destination = torch.tensor(destinations, device=tensors[0].device)
+    for tensor in tensors:
+        tensor.index_copy_(0, destination, tensor.index_select(0, source))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
