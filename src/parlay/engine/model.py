@@ -19,7 +19,7 @@ from parlay.engine.attention import GatheredAttention, ProbeAttention, Unsupport
 from parlay.engine.batch import Draft, kept_slots, pack
 from parlay.engine.checkpoint import ModelSource, load
 from parlay.engine.kv import KVShape, PagedKV
-from parlay.engine.products import split_products
+from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Row, RowResult, TokenLogprobs
@@ -189,8 +189,8 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        if self.device.type == "cpu" and self.dtype == torch.float32 and split_products(loaded.model):
-            logger.debug("products of few tokens are cut by output features")
+        if pack_products(loaded.model):
+            logger.debug("the weights are packed for few tokens")
         self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes = loaded.shapes
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
