@@ -118,7 +118,7 @@ def main() -> None:
         speeds=tuple(speed(arm, some) for arm, some in runs.items()),
         prices=tuple(price(method, count, runs) for method, count in loads),
     )
-    environment.write_json(options.out, captured, result)
+    environment.write_json(options.json, captured, result)
     show(result)
     sys.exit(not result.strict_holds)
 
@@ -137,7 +137,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3, help="times each arm is run (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/parity.json"), help="JSON (default: %(default)s)"
+        "--json", type=Path, default=Path("benchmarks/results/parity.json"), help="JSON (default: %(default)s)"
     )
     return parser.parse_args()
 

@@ -107,7 +107,7 @@ def main() -> None:
         default=DEFAULT,
         results=tuple(results),
     )
-    environment.write_json(options.out, captured, ablation)
+    environment.write_json(options.json, captured, ablation)
     show(ablation, options.top)
 
 
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--top", type=int, default=12, help="settings in the table (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/prompt_lookup.json"), help="JSON (default: %(default)s)"
+        "--json", type=Path, default=Path("benchmarks/results/prompt_lookup.json"), help="JSON (default: %(default)s)"
     )
     return parser.parse_args()
 

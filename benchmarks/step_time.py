@@ -151,7 +151,7 @@ def main() -> None:
     dtype = str(engine.model.dtype).removeprefix("torch.")
     model = environment.portable(options.model)
     result = StepTimes(model, dtype, options.max_tokens, options.repeats, summaries, scaling(summaries), versus)
-    environment.write_json(options.out, captured, result)
+    environment.write_json(options.json, captured, result)
     show(result)
 
 
@@ -167,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="times each case is run (default: %(default)s)")
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison with transformers")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/step_time.json"), help="JSON (default: %(default)s)"
+        "--json", type=Path, default=Path("benchmarks/results/step_time.json"), help="JSON (default: %(default)s)"
     )
     return parser.parse_args()
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice, product
+from itertools import cycle, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -122,16 +122,18 @@ def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level]) 
 
     loads: list[Load] = []
     supplies = [cycle(prompts) for _ in levels]
+    requests = len(ARMS) * sum(level.requests for level in levels)
     began = time.monotonic()
     try:
-        with progress("sending requests", ROUNDS * sum(len(ARMS) * level.requests for level in levels)) as advance:
-            _warm_up(target, prompts)
-            for number, (level, supply) in product(range(ROUNDS), list(zip(levels, supplies, strict=True))):
-                if number and time.monotonic() - began > PATIENCE:
-                    break
-                chosen = list(islice(supply, level.requests))
-                arms = ARMS if number % 2 == 0 else ARMS[::-1]
-                loads += [send(target, chosen, arm, level.concurrency, advance) for arm in arms]
+        _warm_up(target, prompts)
+        for number in range(ROUNDS):
+            if number and time.monotonic() - began > PATIENCE:
+                break
+            arms = ARMS if number % 2 == 0 else ARMS[::-1]
+            with progress(f"round {number + 1} of at most {ROUNDS}", requests) as advance:
+                for level, supply in zip(levels, supplies, strict=True):
+                    chosen = list(islice(supply, level.requests))
+                    loads += [send(target, chosen, arm, level.concurrency, advance) for arm in arms]
     except openai.OpenAIError as error:
         raise ServerFailed(f"a request failed: {error}") from error
     return loads
