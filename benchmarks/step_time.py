@@ -80,7 +80,7 @@ class CaseResult:
     others_share: float  # of all time, what was not verification
     guesses_per_row: float
     tokens_per_step_row: float
-    tokens_per_second: Spread  # one value per repeat
+    tokens_per_second: Spread | None  # one value per repeat; None with guesses, where the luckiest row ends the count
     raw_tokens_per_second: tuple[float, ...]
     raw_milliseconds: tuple[float, ...]
 
@@ -197,7 +197,8 @@ def summarise(case: Case, repeats: Sequence[Sequence[Step]]) -> CaseResult:
     if not steps:
         raise SystemExit(f"no step had {case.rows} decoding rows: raise --max-tokens")
     total = sum(step.total for step in steps)
-    throughput = tuple(sum(s.emitted for s in some) / sum(s.total for s in some) for some in repeats if some)
+    plain = repeats if case.speculation == "off" else ()
+    throughput = tuple(sum(s.emitted for s in some) / sum(s.total for s in some) for some in plain if some)
     return CaseResult(
         case=case,
         steps=len(steps),
@@ -206,7 +207,7 @@ def summarise(case: Case, repeats: Sequence[Sequence[Step]]) -> CaseResult:
         others_share=1 - sum(step.seconds["verify"] for step in steps) / total,
         guesses_per_row=sum(step.drafted for step in steps) / (len(steps) * case.rows),
         tokens_per_step_row=sum(step.emitted for step in steps) / (len(steps) * case.rows),
-        tokens_per_second=Spread.of(throughput),
+        tokens_per_second=Spread.of(throughput) if throughput else None,
         raw_tokens_per_second=throughput,
         raw_milliseconds=tuple(round(1000 * step.total, 3) for step in steps),
     )
@@ -214,7 +215,7 @@ def summarise(case: Case, repeats: Sequence[Sequence[Step]]) -> CaseResult:
 
 def scaling(cases: Iterable[CaseResult]) -> float | None:
     """Plain greedy throughput of the most rows over that of one; None where one of them was not measured."""
-    plain = {c.case.rows: c.tokens_per_second.median for c in cases if c.case == Case(c.case.rows, "off", False)}
+    plain = {c.case.rows: c.tokens_per_second.median for c in cases if c.tokens_per_second and not c.case.sampled}
     return plain[MOST_ROWS] / plain[1] if {1, MOST_ROWS} <= plain.keys() else None
 
 
@@ -285,7 +286,7 @@ def show(result: StepTimes) -> None:
             *(f"{c.parts[part]:.2f}" for part in parts),
             f"{c.others_share:.1%}",
             f"{c.tokens_per_step_row:.2f}",
-            f"{c.tokens_per_second:.1f}",
+            f"{c.tokens_per_second:.1f}" if c.tokens_per_second else "",
         )
         for c in result.cases
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from parlay import registry
 from parlay.config import EngineConfig
@@ -84,3 +84,20 @@ def test_a_drafter_answers_to_the_name_it_is_registered_by(tmp_path: Path, monke
         Engine(
             EngineConfig(str(make_model(tmp_path, "llama")), dtype="float64", speculation=Bet("lucky", Tree.chain(2)))
         )
+
+
+def test_a_model_that_looks_at_later_tokens_is_refused(tmp_path: Path) -> None:
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = save(tmp_path, "bert", **options)
+    with pytest.raises(UnsupportedModel, match="looks at later tokens"):
+        Engine(EngineConfig(str(folder), dtype="float64"))
+
+
+def test_an_end_token_outside_the_vocabulary_is_no_token(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "llama")
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.eos_token_id = [3, VOCAB_SIZE]
+    settings.save_pretrained(folder)
+    engine = Engine(EngineConfig(str(folder), dtype="float64"))
+    assert 3 in engine.eos
+    assert max(engine.eos) < VOCAB_SIZE

@@ -59,8 +59,10 @@ def test_a_packed_model_says_what_it_said(parity: str, tmp_path: Path, monkeypat
 def test_layers_stay_as_they_are_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     monkeypatch.setattr(products, "_is_faster", lambda whole: False)
-    assert not products.pack_products(model)
+    assert not products.pack_products(model, always=False)
     monkeypatch.setattr(products, "_is_faster", lambda whole: True)
-    assert not products.pack_products(nn.Linear(4, 6, dtype=torch.float64)), "a type that oneDNN does not multiply"
-    assert products.pack_products(model)
+    assert not products.pack_products(nn.Linear(4, 6, dtype=torch.float64), always=True), (
+        "a type that oneDNN does not multiply"
+    )
+    assert products.pack_products(model, always=True)
     assert [type(layer) for layer in model] == [PackedLinear, nn.ReLU, PackedLinear]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -136,6 +137,11 @@ def test_fresh_draws_have_their_laws() -> None:
     assert counts[4] == 0
     assert chisquare(counts[:4], probs[:4].double().numpy() / float(probs.double().sum()) * 20000).pvalue > 1e-4
     assert abs(draws.accept(torch.full((20000,), 0.3)).float().mean() - 0.3) < 0.02
+
+
+def test_undefined_probabilities_still_give_a_token() -> None:
+    draws = FreshDraws(torch.Generator().manual_seed(0))
+    assert 0 <= draws.categorical(torch.full((1, 5), math.nan)).item() < 5
 
 
 def test_children_are_drawn_without_replacement_in_order() -> None:

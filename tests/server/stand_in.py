@@ -21,7 +21,7 @@ class ByteTokenizer:
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
 
-    def token_text(self, token: int) -> str:
+    def token_text(self, token: int, skip_special_tokens: bool = False) -> str:
         return self.decode([token])
 
     def token_bytes(self, token: int) -> list[int]:

@@ -75,6 +75,10 @@ def _attend(
         for name in _UNSUPPORTED & unused.keys():
             if unused[name] is not None:
                 raise UnsupportedModel(f"this model's attention uses {name!r}, which Parlay does not support yet")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModel(
+            "this model's attention looks at later tokens too, so it does not generate text in order"
+        )
     if attention_mask is not None:
         raise UnsupportedModel("this model builds its own attention mask, so packed trees would be masked wrongly")
     call = AttentionCall(
@@ -84,7 +88,7 @@ def _attend(
         softcap=softcap,
     )
     out = _step.get()(call, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return out[None], None
+    return out.contiguous()[None], None  # as transformers' own functions return it; some models rely on it
 
 
 AttentionInterface.register(NAME, _attend)

@@ -53,8 +53,8 @@ class Engine:
         self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict)
         if expected is not None:
             self_check.check(self.model, expected)
-            if strict:
-                self_check.check_strict(self.model)
+        if strict:
+            self_check.check_strict(self.model)
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
         self.drafters = Drafters([])
@@ -189,10 +189,11 @@ class _Laps:
 
 
 def _eos(loaded: LoadedModel) -> tuple[int, ...]:
-    """Every id that ends an output: the generation configuration's, and the tokenizer's own."""
+    """Every id that ends an output: the generation configuration's and the tokenizer's own, if the model knows it."""
     listed = getattr(loaded.model.generation_config, "eos_token_id", None)
     ids = listed if isinstance(listed, list) else [listed]
-    return tuple(sorted({int(i) for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None}))
+    known = range(loaded.config.vocab_size)
+    return tuple(sorted({int(i) for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None and i in known}))
 
 
 def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:

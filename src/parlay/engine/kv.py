@@ -46,9 +46,8 @@ class PagedKV:
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores new positions. slots: [T]; key: [T, heads, key_size]; value: [T, heads, value_size]."""
-        if key.dtype is torch.float16:
-            # It overflows early, and a masked infinity would still spoil every query of its row: 0 * inf is not 0.
-            key, value = key.nan_to_num(), value.nan_to_num()
+        # A masked infinity would still spoil every query that meets its page, now or later: 0 * inf is not 0.
+        key, value = key.nan_to_num(), value.nan_to_num()
         self.keys[layer].index_copy_(0, slots, key)
         self.values[layer].index_copy_(0, slots, value)
 

@@ -101,9 +101,13 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     hook = layers[0].register_forward_hook(lambda _m, _a, out: returns_tuple.append(isinstance(out, tuple)))
     probe = ProbeAttention({}, {})
     model.set_attn_implementation(attention.NAME)
-    with torch.inference_mode(), forward_batch(probe):
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    try:
+        with torch.inference_mode(), forward_batch(probe):
+            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    except RuntimeError as error:  # such as a product that PyTorch lacks for a dtype
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModel(f"{model.config.model_type} does not run in {dtype} on {device} ({reason})") from error
     hook.remove()
     model.set_attn_implementation("eager")
     if sorted(probe.shapes) != list(range(len(layers))):
@@ -189,7 +193,7 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        if pack_products(loaded.model):
+        if pack_products(loaded.model, always=strict):
             logger.debug("the weights are packed for few tokens")
         self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes = loaded.shapes

@@ -34,17 +34,22 @@ class PackedLinear(nn.Module):
 
 
 @torch.inference_mode()
-def pack_products(model: nn.Module) -> bool:
-    """Replaces a model's linear layers where packed ones are faster on this machine; whether it did."""
+def pack_products(model: nn.Module, always: bool) -> bool:
+    """Replaces a model's linear layers where packed ones are faster on this machine; whether it did.
+
+    Args:
+        model: The model.
+        always: Pack whatever can be packed, so that sums do not depend on a stopwatch.
+    """
     found = {
         (owner, name): layer
         for owner in model.modules()
         for name, layer in owner.named_children()
         if type(layer) is nn.Linear and can_pack(layer.weight)
     }
-    if not found or not _is_faster(max(found.values(), key=lambda layer: layer.weight.numel())):
+    if not found or not (always or _is_faster(max(found.values(), key=lambda layer: layer.weight.numel()))):
         return False
-    while found:  # one at a time, so that only one layer is ever in memory twice
+    while found:  # one at a time, so that only one layer is in memory twice (and a head that is tied to the embedding)
         (owner, name), layer = found.popitem()
         setattr(owner, name, PackedLinear(layer))
     return True
@@ -63,7 +68,7 @@ def _is_faster(whole: nn.Linear) -> bool:
     packed = PackedLinear(whole)
     ratios = []
     for tokens in (1, 4, 16):
-        hidden = torch.randn(tokens, whole.in_features, dtype=whole.weight.dtype)
+        hidden = torch.ones(tokens, whole.in_features, dtype=whole.weight.dtype)
         seconds: dict[nn.Module, list[float]] = {whole: [], packed: []}
         for layer in (whole, packed) * 6:
             began = time.perf_counter()

@@ -166,7 +166,8 @@ class FreshDraws:
         total = heights[:, -1:]
         drawn = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=self.generator) * total
         drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up
-        return torch.searchsorted(heights, drawn, right=True)[:, 0]
+        chosen = torch.searchsorted(heights, drawn, right=True)[:, 0]
+        return chosen.clamp(max=probs.shape[-1] - 1)  # a model that overflows gives NaN, which is above every number
 
     def gumbel(self, keys: Sequence[tuple[int, int, int]], logits: torch.Tensor) -> torch.Tensor:
         return gumbel_noise(keys, logits.shape[-1], logits.device)

@@ -66,9 +66,12 @@ class Tokenizer:
             raise InvalidRequest(f"messages: the model's chat template refused them ({error})", "messages") from error
         return self.encode(text, add_special_tokens=False)  # templates write the special tokens themselves
 
-    def token_text(self, token: int) -> str:
-        """What one token looks like by itself; broken characters where it is part of one."""
-        return self.decode([token], skip_special_tokens=False)
+    def token_text(self, token: int, skip_special_tokens: bool = False) -> str:
+        """What one token looks like inside a text; broken characters where it is part of one."""
+        # At the beginning of a text, many tokenizers would drop the space that a token starts with.
+        ids, text = self._anchor
+        both = self.decode([*ids, token], skip_special_tokens)
+        return both[len(text) :] if both.startswith(text) else self.decode([token], skip_special_tokens)
 
     def token_bytes(self, token: int) -> list[int]:
         """The UTF-8 bytes that one token stands for, also where they are only part of a character."""
@@ -81,6 +84,12 @@ class Tokenizer:
         if all(character in self._byte_of for character in piece):
             return [self._byte_of[character] for character in piece]
         return list(text.encode())
+
+    @cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        """Tokens to put in front of another one, and their text."""
+        ids = self.encode("a", add_special_tokens=False)
+        return ids, self.decode(ids)
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

@@ -53,7 +53,7 @@ class CompletionLogprobs:
             piece["token_logprobs"].append(logprob)
             piece["tokens"].append(self._name(token))
             piece["top_logprobs"].append(top)
-            self._offset += len(self._tokenizer.decode([token], skip_special_tokens=self._skip_special_tokens))
+            self._offset += len(self._tokenizer.token_text(token, self._skip_special_tokens))
 
         for token in unscored:
             append(token, None, None)
