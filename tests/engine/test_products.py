@@ -6,63 +6,94 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from parlay.config import EngineConfig
-from parlay.engine import products
+from parlay.engine import native, products
 from parlay.engine.engine import Engine
 from parlay.engine.products import PackedLinear
 from parlay.types import Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+pytestmark = pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled")
+
+
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (5,), (1, 7), (2, 3), (1, 64)])
+@pytest.mark.parametrize("shape", [(10, 24), (33, 32), (1, 1), (64, 100)])
 @torch.inference_mode()
-def test_packed_weights_give_what_plain_ones_give(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
-    whole = nn.Linear(10, 24, bias=bias, dtype=dtype)
-    if not products.can_pack(whole.weight):
-        pytest.skip(f"oneDNN does not multiply {dtype} on this machine")
-    hidden = torch.randn(*shape, 10, dtype=dtype)
-    packed = PackedLinear(whole)(hidden)
-    assert packed.shape == (*shape, 24)
-    assert torch.allclose(packed, whole(hidden), atol=4 * torch.finfo(dtype).eps)
+def test_packed_weights_give_what_plain_ones_give(dtype: torch.dtype, bias: bool, shape: tuple[int, int]) -> None:
+    whole = nn.Linear(*shape, bias=bias, dtype=dtype)
+    packed = PackedLinear(whole)
+    exact = nn.Linear(*shape, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(whole.state_dict())
+    for tokens in ((1, 1), (5,), (1, 7), (2, 3), (1, 64), (101,), (0,)):
+        hidden = torch.randn(*tokens, shape[0], dtype=dtype)
+        out = packed(hidden)
+        assert out.shape == (*tokens, shape[1])
+        assert out.dtype is dtype
+        assert torch.allclose(out.double(), exact(hidden.double()), rtol=torch.finfo(dtype).eps, atol=3e-6)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@torch.inference_mode()
+def test_a_token_gets_the_same_bits_whatever_is_beside_it(threads: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = PackedLinear(nn.Linear(70, 50, dtype=dtype))
+        hidden = torch.randn(61, 70, dtype=dtype)
+        together = packed(hidden)
+        parts = [slice(first, first + count) for first in (0, 9, 50) for count in (1, 2, 5, 7)]
+        assert all(torch.equal(packed(hidden[part]), together[part]) for part in parts)
+        torch.set_num_threads(3 - threads)
+        assert torch.equal(packed(hidden), together)
 
 
-@pytest.mark.usefixtures("two_threads")
+@torch.inference_mode()
+def test_weights_that_fit_in_bfloat16_are_kept_so_without_a_loss() -> None:
+    whole = nn.Linear(20, 20)
+    assert PackedLinear(whole).weight.dtype is torch.float32
+    whole.weight.copy_(whole.weight.to(torch.bfloat16))
+    packed = PackedLinear(whole)
+    assert packed.weight.dtype is torch.bfloat16
+    hidden = torch.randn(9, 20)
+    assert torch.allclose(packed(hidden), whole(hidden), atol=1e-6)
+
+
+@torch.inference_mode()
+def test_layers_the_other_way_round() -> None:
+    whole = Conv1D(12, 20)
+    hidden = torch.randn(2, 3, 20)
+    assert torch.allclose(PackedLinear(whole)(hidden), whole(hidden), atol=1e-6)
+
+
 @pytest.mark.parametrize("parity", ["fast", "strict"])
-def test_a_packed_model_says_what_it_said(parity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model(tmp_path, "qwen2", torch.float32)  # with biases in some layers and not in others
-    monkeypatch.setattr(products, "_is_faster", lambda whole: True)
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])  # with biases in some layers and not in others
+def test_a_packed_model_says_what_it_said(kind: str, parity: str, tmp_path: Path, threads: int) -> None:
+    folder = make_model(tmp_path, kind, torch.float32)
     engine = Engine(EngineConfig.from_dict({"model": str(folder), "dtype": "float32", "parity": parity}))
     layers = list(engine.model.segments.model.modules())
-    assert sum(isinstance(layer, PackedLinear) for layer in layers) == 2 * 7 + 1
+    assert sum(isinstance(layer, PackedLinear) for layer in layers) == 2 * (7 if kind == "qwen2" else 4) + 1
     prompt = (5, 6, 7, 5, 6, 7, 5)
     engine.add(Request("r", prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)))
     tokens: tuple[int, ...] = ()
     while engine.has_work:
         tokens += tuple(token for delta in engine.step() for token in delta.tokens)
     assert tokens == greedy(plain_model(folder, torch.float32), prompt, 12)
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == threads
 
 
-def test_layers_stay_as_they_are_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    monkeypatch.setattr(products, "_is_faster", lambda whole: False)
-    assert not products.pack_products(model, always=False)
-    monkeypatch.setattr(products, "_is_faster", lambda whole: True)
-    assert not products.pack_products(nn.Linear(4, 6, dtype=torch.float64), always=True), (
-        "a type that oneDNN does not multiply"
-    )
-    assert products.pack_products(model, always=True)
-    assert [type(layer) for layer in model] == [PackedLinear, nn.ReLU, PackedLinear]
+def test_other_types_and_machines_without_a_compiler_keep_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6, dtype=torch.float64), nn.ReLU(), nn.Linear(6, 3))
+    products.pack_products(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, PackedLinear]
+    model = nn.Sequential(nn.Linear(6, 3))
+    monkeypatch.setattr(native, "load", lambda: False)
+    products.pack_products(model)
+    assert type(model[0]) is nn.Linear

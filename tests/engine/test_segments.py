@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from parlay.config import EngineConfig
-from parlay.engine.attention import GatheredAttention, forward_batch
+from parlay.engine.attention import forward_batch
 from parlay.engine.batch import pack
 from parlay.engine.engine import Engine
+from parlay.engine.gathered import GatheredAttention
 from parlay.types import Request, Row, SamplingParams
 from tests.architectures import make_model, plain_model
 

@@ -1,4 +1,4 @@
-"""The attention function that transformers calls, and the backends behind it.
+"""The attention function that transformers calls; the backends behind it have files of their own.
 
 Every attention layer of a Hugging Face model calls the registered `parlay` function. What the step holds (pages, masks)
 reaches it through a scoped context, because some architectures drop keyword arguments on the way to their layers.
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from parlay.engine.batch import AttentionGroup, ForwardBatch
-from parlay.engine.kv import KVShape, PagedKV
+from parlay.engine.kv import KVShape
 
 NAME = "parlay"
 _UNSUPPORTED = frozenset(("s_aux", "sinks", "position_bias", "alibi"))
@@ -109,48 +107,3 @@ class ProbeAttention:
         self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
         self.windows[call.layer] = call.window
         return torch.zeros(*query.shape[:2], value.shape[2], dtype=query.dtype, device=query.device)
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredAttention:
-    """Reference backend for every device: gathers each row's KV into a rectangle and attends under a mask."""
-
-    kv: PagedKV
-    batch: ForwardBatch
-
-    def __call__(
-        self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        self.kv.write(call.layer, self.batch.slots, key, value)
-        outputs = [self._group(call, query, group) for group in self.batch.groups]
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return packed if self.batch.unpack is None else packed.index_select(0, self.batch.unpack)
-
-    def _group(self, call: AttentionCall, query: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """Attends one rectangle. Query heads that share a KV head become extra queries, so KV is never repeated."""
-        rows, width = group.visible.shape[:2]
-        pool = self.kv.pools[call.layer]
-        kv_heads, folds = pool.shape[2], query.shape[1] // pool.shape[2]
-        context = group.gather(pool).transpose(1, 2)
-        keys, values = context[..., : query.shape[2]], context[..., query.shape[2] :]  # [R, kv_heads, S, D]
-        some = query[group.queries] if isinstance(group.queries, slice) else query.index_select(0, group.queries)
-        if width > 1:
-            some = some.reshape(rows, width, kv_heads, folds, -1).permute(0, 2, 3, 1, 4)
-        queries = some.reshape(rows, kv_heads, folds * width, -1)
-        mask = group.mask(call.window, query.dtype, folds)
-        if call.softcap is None:
-            out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=call.scale)
-        else:
-            out = softcapped_attention(queries, keys, values, mask, call.scale, call.softcap)
-        if width > 1:
-            out = out.view(rows, kv_heads, folds, width, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows * width, query.shape[1], -1)
-
-
-def softcapped_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    """Attention whose scores are squashed to softcap * tanh(score / softcap), as Gemma 2 does."""
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap + mask
-    accurate = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=accurate).to(query.dtype) @ value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,18 +12,18 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from parlay.config import EngineConfig
-from parlay.engine import attention
+from parlay.engine import attention, native
 from parlay.engine.accept import Scores, token_logprobs
-from parlay.engine.attention import GatheredAttention, ProbeAttention, UnsupportedModel, forward_batch
+from parlay.engine.attention import ProbeAttention, UnsupportedModel, forward_batch
 from parlay.engine.batch import Draft, kept_slots, pack
 from parlay.engine.checkpoint import ModelSource, load
+from parlay.engine.gathered import GatheredAttention
 from parlay.engine.kv import KVShape, PagedKV
+from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Row, RowResult, TokenLogprobs
-
-logger = logging.getLogger(__name__)
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -193,8 +192,9 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        if pack_products(loaded.model, always=strict):
-            logger.debug("the weights are packed for few tokens")
+        pack_products(loaded.model)
+        by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
+        self._attention = PathAttention if by_paths else GatheredAttention
         self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes = loaded.shapes
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
@@ -242,7 +242,7 @@ class TargetModel:
                 pieces = [*self._head(hidden.index_select(0, batch.reads))]
                 logits = torch.cat(pieces) if pieces else hidden[:0]
             else:
-                with forward_batch(GatheredAttention(self.kv, batch)):
+                with forward_batch(self._attention(self.kv, batch)):
                     out = self.segments(batch.tokens, batch.positions, taps=taps, reads=batch.reads)
                 hidden, tapped, logits = out.hidden, out.taps, out.logits
             return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden), tapped)

@@ -40,7 +40,8 @@ class ParallelProducts:
         self._outside = 1
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            is_product = isinstance(weight, torch.Tensor) and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
+            if is_product:
                 module.register_forward_pre_hook(self._before_product)
                 module.register_forward_hook(self._after_product)
 

@@ -1,0 +1,109 @@
+// Products of few tokens with packed weights, in float32. What a token gets does not depend on the tokens beside it:
+// every output is one chain of fused multiply-adds over the inputs, in their order, whatever the shape.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "simd.h"
+
+namespace parlay {
+
+constexpr int kPanel = 2 * kLanes;  // outputs whose weights lie side by side
+constexpr int kTokens = 6;          // tokens that meet a panel at a time: 12 sums, 2 weights and an input in registers
+constexpr int64_t kNear = 48;       // tokens whose inputs stay in cache while the panels pass by
+
+// Where output `lane` of a panel lies, so that load_panel gives outputs 0.. and kLanes.. in order.
+inline int place(const float*, int lane) { return lane; }
+inline int place(const bfloat16*, int lane) { return lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1; }
+
+inline void load_panel(const float* from, vfloat& low, vfloat& high) {
+  low = load(from);
+  high = load(from + kLanes);
+}
+
+inline void load_panel(const bfloat16* from, vfloat& low, vfloat& high) {  // two in every 32 bits: no widening needed
+  const vuint pairs = load_as<vuint>(from);
+  low = (vfloat)(pairs << 16);
+  high = (vfloat)(pairs & 0xffff0000u);
+}
+
+// weight: [outputs, inputs] -> packed: [panels, inputs, kPanel], zeros behind the last output.
+template <class W>
+void pack(const W* weight, int64_t outputs, int64_t inputs, W* packed) {
+  at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t output = panel * kPanel + lane;
+        W* to = packed + panel * inputs * kPanel + place(packed, lane);
+        for (int64_t k = 0; k < inputs; ++k) to[k * kPanel] = output < outputs ? weight[output * inputs + k] : W(0);
+      }
+  });
+}
+
+// `count` outputs of one panel for M tokens.
+template <int M, class W, class Y>
+inline void multiply(const float* x, int64_t inputs, const W* panel, const float* bias, Y* y, int64_t outputs, int count) {
+  vfloat low[M], high[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) low[m] = high[m] = vfloat{};
+  for (int64_t k = 0; k < inputs; ++k) {
+    vfloat a, b;
+    load_panel(panel + k * kPanel, a, b);
+    __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kPanel) + 1024);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const float input = x[m * inputs + k];
+      low[m] += input * a;
+      high[m] += input * b;
+    }
+  }
+  float wide[kPanel] = {};
+  if (bias != nullptr) std::copy_n(bias, count, wide);
+  const vfloat low_bias = load(wide), high_bias = load(wide + kLanes);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    if (count == kPanel) {
+      store(y + m * outputs, low[m] + low_bias);
+      store(y + m * outputs + kLanes, high[m] + high_bias);
+    } else {
+      Y whole[kPanel];
+      store(whole, low[m] + low_bias);
+      store(whole + kLanes, high[m] + high_bias);
+      std::copy_n(whole, count, y + m * outputs);
+    }
+  }
+}
+
+template <class W, class Y>
+void multiply(int64_t tokens, const float* x, int64_t inputs, const W* panel, const float* bias, Y* y, int64_t outputs,
+              int count) {
+  for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * inputs, y += kTokens * outputs)
+    multiply<kTokens>(x, inputs, panel, bias, y, outputs, count);
+  switch (tokens) {
+    case 5: return multiply<5>(x, inputs, panel, bias, y, outputs, count);
+    case 4: return multiply<4>(x, inputs, panel, bias, y, outputs, count);
+    case 3: return multiply<3>(x, inputs, panel, bias, y, outputs, count);
+    case 2: return multiply<2>(x, inputs, panel, bias, y, outputs, count);
+    case 1: return multiply<1>(x, inputs, panel, bias, y, outputs, count);
+    default: return;
+  }
+}
+
+// x: [tokens, inputs], packed: [panels, inputs, kPanel], bias: [outputs] or null -> y: [tokens, outputs].
+template <class W, class Y>
+void linear(const float* x, int64_t tokens, int64_t inputs, const W* packed, const float* bias, Y* y, int64_t outputs) {
+  at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < tokens; first += kNear)
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t output = panel * kPanel;
+        multiply(std::min(kNear, tokens - first), x + first * inputs, inputs, packed + output * inputs,
+                 bias == nullptr ? nullptr : bias + output, y + first * outputs + output, outputs,
+                 static_cast<int>(std::min<int64_t>(kPanel, outputs - output)));
+      }
+  });
+}
+
+}  // namespace parlay

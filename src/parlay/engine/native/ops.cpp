@@ -1,0 +1,84 @@
+// The operators, as PyTorch sees them.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace {
+
+using at::Tensor;
+
+#define PARLAY_DISPATCH(type, ...)                           \
+  AT_DISPATCH_SWITCH(type, "parlay",                         \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+// weight: [outputs, inputs] -> [panels, inputs, panel], in the order in which `linear` reads it.
+Tensor pack_weight(const Tensor& weight) {
+  const Tensor whole = weight.contiguous();
+  const int64_t outputs = whole.size(0), inputs = whole.size(1);
+  Tensor packed = at::empty({(outputs + parlay::kPanel - 1) / parlay::kPanel, inputs, parlay::kPanel}, whole.options());
+  PARLAY_DISPATCH(whole.scalar_type(), [&] {
+    parlay::pack(whole.const_data_ptr<scalar_t>(), outputs, inputs, packed.data_ptr<scalar_t>());
+  });
+  return packed;
+}
+
+// x: [..., inputs] -> [..., outputs].
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  const int64_t inputs = packed.size(1);
+  TORCH_CHECK(x.size(-1) == inputs && packed.size(2) == parlay::kPanel && packed.is_contiguous());
+  TORCH_CHECK(outputs <= packed.size(0) * parlay::kPanel && (!bias || bias->numel() == outputs));
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor wide = x.to(at::kFloat).contiguous();
+  const Tensor wide_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const float* added = bias ? wide_bias.const_data_ptr<float>() : nullptr;
+  using parlay::bfloat16;
+  const auto run = [&](auto* to) {
+    PARLAY_DISPATCH(packed.scalar_type(), [&] {
+      parlay::linear(wide.const_data_ptr<float>(), wide.numel() / inputs, inputs, packed.const_data_ptr<scalar_t>(), added,
+                     to, outputs);
+    });
+  };
+  PARLAY_DISPATCH(y.scalar_type(), [&] { run(y.data_ptr<scalar_t>()); });
+  return y;
+}
+
+// Writes the step's keys and values, then attends; see attention.h. A window or softcap of 0 is none.
+Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tensor pool, const Tensor& slots,
+              const Tensor& pages, const Tensor& row, const Tensor& known, const Tensor& ancestors, double scale,
+              int64_t window, double softcap) {
+  TORCH_CHECK(pool.is_contiguous() && pool.scalar_type() == query.scalar_type());
+  TORCH_CHECK(pool.size(3) == key.size(2) + value.size(2) && query.size(1) % key.size(1) == 0);
+  const Tensor q = query.contiguous(), k = key.contiguous(), v = value.contiguous();
+  Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  PARLAY_DISPATCH(q.scalar_type(), [&] {
+    parlay::write(pool.data_ptr<scalar_t>(), slots.const_data_ptr<int64_t>(), k.const_data_ptr<scalar_t>(),
+                  v.const_data_ptr<scalar_t>(), k.size(0), k.size(1), k.size(2), v.size(2));
+    parlay::attend(parlay::Attention<scalar_t>{
+        q.const_data_ptr<scalar_t>(), pool.const_data_ptr<scalar_t>(), pages.const_data_ptr<int64_t>(),
+        row.const_data_ptr<int64_t>(), known.const_data_ptr<int64_t>(), ancestors.const_data_ptr<int64_t>(),
+        out.data_ptr<scalar_t>(), q.size(0), q.size(1), k.size(1), k.size(2), v.size(2), pool.size(1), pages.size(1),
+        ancestors.size(1), static_cast<float>(scale), static_cast<float>(softcap), window});
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(parlay, library) {
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def("linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  library.def(
+      "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) pool, Tensor slots, Tensor pages, Tensor row, "
+      "Tensor known, Tensor ancestors, float scale, int window, float softcap) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(parlay, CPU, library) {
+  library.impl("pack_weight", &pack_weight);
+  library.impl("linear", &linear);
+  library.impl("attend", &attend);
+}

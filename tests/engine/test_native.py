@@ -1,0 +1,57 @@
+"""What happens where the C++ operators cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parlay.engine import native
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def load() -> bool:
+    return native.load.__wrapped__()
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert not load()
+    assert "install g++" in caplog.text
+
+
+def test_a_compiler_that_fails_is_quoted(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = nothing_loaded / "compiler"
+    compiler.write_text("#!/bin/sh\necho some noise >&2\necho 'fatal error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert not load()
+    assert "no such header" in caplog.text
+    assert not list((nothing_loaded / "cache" / "native").glob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (nothing_loaded / "cache").write_text("a file where the folder should be")
+    assert not load()
+    assert "could not be compiled" in caplog.text
+
+
+def test_a_library_that_does_not_load(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = nothing_loaded / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho broken > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert not load()
+    assert "could not be compiled" in caplog.text
