@@ -144,7 +144,7 @@ def parse() -> argparse.Namespace:
 
 def build(options: argparse.Namespace, parity: Parity) -> Engine:
     """An engine that pays for every prompt anew, so that repeats are alike."""
-    return Engine(EngineConfig(options.model, dtype=options.dtype, parity=parity, prefix_caching=False))
+    return Engine(EngineConfig(options.model, dtype=options.dtype, parity=parity, prefix_caching=False, compile="wait"))
 
 
 def decode(

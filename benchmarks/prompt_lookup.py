@@ -139,7 +139,7 @@ def settings() -> Iterator[Setting]:
 
 def generate(options: argparse.Namespace, prompts: Sequence[Prompt], advance: Advance) -> list[Text]:
     """The greedy outputs, decoded without guesses."""
-    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=None))
+    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=None, compile="wait"))
     tokens = encode(prompts, engine.tokenizer)
     params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
     run = drive(engine, tokens, params, options.concurrency, advance)

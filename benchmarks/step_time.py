@@ -137,7 +137,7 @@ def main() -> None:
     options = parse()
     captured = environment.capture()
     cases = [Case(rows, method, sampled) for rows in options.rows for method in METHODS for sampled in (False, True)]
-    config = EngineConfig(options.model, dtype=options.dtype)
+    config = EngineConfig(options.model, dtype=options.dtype, compile="wait")
     engine = Engine(config)
     prompts = encode(load_prompts(options.dataset), engine.tokenizer)
     with progress("timing steps", options.repeats * len(cases)) as advance:

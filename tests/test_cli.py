@@ -135,7 +135,7 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("serve", "-m", "some/model", "--port", "9", "--served-model-name", "m", "--dtype", "float32"),
         *("--max-num-seqs", "4", "--max-model-len", "99", "--max-num-batched-tokens", "64", "--page-size", "8"),
         *("--kv-cache-memory", "1MiB", "--speculation", "prompt_lookup:[-1,-1,0]", "--parity", "strict"),
-        *("--seed", "7", "--no-prefix-caching", "--no-self-check", "--device", "cpu"),
+        *("--seed", "7", "--no-prefix-caching", "--no-self-check", "--device", "cpu", "--compile", "off"),
     )
     assert answer.exit_code == 0, answer.output
     assert {key: seen[key] for key in ("host", "port", "served_model_name", "api_key")} == {
@@ -158,6 +158,7 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         parity="strict",
         seed=7,
         self_check=False,
+        compile="off",
     )
 
 

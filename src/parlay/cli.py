@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from parlay import __version__
-from parlay.config import EngineConfig
+from parlay.config import Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, sampling_params, takes
 from parlay.types import RequestOutput, SamplingParams
 
@@ -85,10 +85,19 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel="Server")
     ] = False,
+    compile: Annotated[
+        Compile,
+        typer.Option(
+            help="Compile the model's layers, which takes a minute once for a machine: while serving, before it, not "
+            "unless that was done before, or never.",
+            rich_help_panel="Server",
+        ),
+    ] = "background",
 ) -> None:
     """Serve a model to OpenAI clients over HTTP."""
     from parlay.server.app import serve as run_server
 
+    config = dataclasses.replace(config, compile=compile)
     run_server(
         config, host=host, port=port, served_model_name=served_model_name, api_key=api_key, access_log=access_log
     )

@@ -13,6 +13,7 @@ from parlay.types import Bet, Tree
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
+Compile = Literal["background", "wait", "cached", "off"]
 
 
 def parse_bet(text: str) -> Bet | None:
@@ -60,6 +61,8 @@ class EngineConfig:
         prefix_caching: Reuse KV of equal prompt prefixes.
         speculation: What to bet on every row; None never bets. A text is read by `parse_bet`.
         parity: `strict` makes every reduction independent of what else is in the step.
+        compile: Compile the model's layers while serving (`background`) or before it (`wait`), which takes a minute
+            once; `cached` only takes what earlier starts have compiled. On CPU, in float32 and bfloat16.
         seed: Seeds the randomness of unseeded requests.
         self_check: Compare a packed step with plain transformers at load.
     """
@@ -75,6 +78,7 @@ class EngineConfig:
     prefix_caching: bool = True
     speculation: Bet | None = AUTO
     parity: Parity = "fast"
+    compile: Compile = "cached"
     seed: int | None = None
     self_check: bool = True
 
@@ -88,7 +92,7 @@ class EngineConfig:
             raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, or rows would starve")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must be 2 or more")
-        for name, choices in (("parity", get_args(Parity)), ("dtype", get_args(Dtype))):
+        for name, choices in (("parity", get_args(Parity)), ("compile", get_args(Compile)), ("dtype", get_args(Dtype))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}")
 

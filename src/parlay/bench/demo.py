@@ -21,7 +21,11 @@ from parlay.bench.workloads import Prompt, load_prompts
 from parlay.types import Speculation
 
 # Without prefix caching every request pays for its prompt, whichever of the two is sent first.
-SERVER_OPTIONS = ("--speculation", "prompt_lookup:4", "--no-prefix-caching", "--log-level", "warning")
+# Compiling beside a measurement would spoil it.
+SERVER_OPTIONS = (
+    *("--speculation", "prompt_lookup:4", "--no-prefix-caching"),
+    *("--compile", "wait", "--log-level", "warning"),
+)
 ARMS: tuple[Speculation, Speculation] = ("off", "auto")
 NAMES: dict[Speculation, str] = {"off": "off", "auto": "prompt lookup"}
 CLEARLY = 0.05  # a run this short cannot tell smaller differences
@@ -99,7 +103,9 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
     captured = environment.capture()
     console = report.console(stderr=json_to == "-")
     with (
-        Console(stderr=True).status(f"starting a server with {model}") as status,
+        Console(stderr=True).status(
+            f"starting a server with {model}; the first start compiles for about a minute"
+        ) as status,
         local_server(("--model", model, *SERVER_OPTIONS)) as url,
     ):
         status.stop()

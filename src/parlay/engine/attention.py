@@ -58,6 +58,11 @@ def forward_batch(step: StepAttention) -> Iterator[None]:
         _step.reset(token)
 
 
+def current_step() -> StepAttention:
+    """The one that attention layers work for."""
+    return _step.get()
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, heads, T, D]
@@ -97,7 +102,7 @@ class ProbeAttention:
     """Learns what each layer keeps and asks for, from one pass that attends to nothing."""
 
     shapes: dict[int, KVShape]
-    windows: dict[int, int | None]
+    calls: dict[int, AttentionCall]
 
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -105,5 +110,5 @@ class ProbeAttention:
         if call.layer in self.shapes:
             raise UnsupportedModel("this model shares one KV cache entry between several attention calls")
         self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
-        self.windows[call.layer] = call.window
+        self.calls[call.layer] = call
         return torch.zeros(*query.shape[:2], value.shape[2], dtype=query.dtype, device=query.device)

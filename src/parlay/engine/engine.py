@@ -15,8 +15,10 @@ from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.engine import self_check
 from parlay.engine.accept import Acceptor
+from parlay.engine.attention import UnsupportedModel
 from parlay.engine.blocks import Blocks
 from parlay.engine.checkpoint import resolve
+from parlay.engine.compiled import CompilationFailed, CompiledLayers
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.engine.output import OutputStream
@@ -55,6 +57,9 @@ class Engine:
             self_check.check(self.model, expected)
         if strict:
             self_check.check_strict(self.model)
+        self._expected = expected
+        self._compiled = self._find_compiled()
+        self._adopt_compiled()
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
         self.drafters = Drafters([])
@@ -111,6 +116,7 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Advances every scheduled row by at least one token, or by a chunk of its prompt."""
+        self._adopt_compiled()
         lap = _Laps()
         rows = self.scheduler.schedule()
         if not rows:
@@ -154,6 +160,40 @@ class Engine:
     def _forget(self, seq: int) -> None:
         self._streams.pop(seq, None)
         self.drafters.forget(seq)
+
+    # ---- compiled layers ------------------------------------------------------------------------------------
+
+    def _find_compiled(self) -> CompiledLayers | None:
+        """Compiled layers that are there or will be, where the configuration and the model allow any."""
+        mode = self.config.compile
+        if mode == "off" or self.config.parity == "strict" or not self.model.by_paths:
+            return None
+        try:
+            found = self.model.compiled_layers()
+            if found.missing and mode == "cached":
+                return None
+            if found.missing:
+                how = "waiting" if mode == "wait" else "serving without them until then"
+                logger.info("compiling the model's layers, once for this machine (about a minute); %s", how)
+                found.start()
+        except Exception as error:  # the exporter raises whatever the model's code makes it stumble over
+            logger.warning("the layers cannot be compiled, so they run as they are: %s", str(error).splitlines()[0])
+            return None
+        if mode == "wait":
+            found.wait()
+        return found
+
+    def _adopt_compiled(self) -> None:
+        """Takes the compiled layers once they are there, if they compute what the model computes."""
+        if self._compiled is None or not self._compiled.is_done:
+            return
+        found, self._compiled = self._compiled, None
+        try:
+            self_check.check_compiled(self.model, found.programs(), self._expected)
+            logger.info("the compiled layers are in use")
+        except (CompilationFailed, UnsupportedModel) as error:
+            self.model.segments.use([None] * self.model.segments.num_layers)
+            logger.warning("the layers run as they are: %s", error)
 
     def check_integrity(self) -> None:
         """Checks pages, sequences and outputs against each other.

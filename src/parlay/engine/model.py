@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,16 +15,17 @@ from transformers import AutoConfig, PreTrainedConfig
 from parlay.config import EngineConfig
 from parlay.engine import attention, native
 from parlay.engine.accept import Scores, token_logprobs
-from parlay.engine.attention import ProbeAttention, UnsupportedModel, forward_batch
+from parlay.engine.attention import AttentionCall, ProbeAttention, UnsupportedModel, forward_batch
 from parlay.engine.batch import Draft, kept_slots, pack
 from parlay.engine.checkpoint import ModelSource, load
+from parlay.engine.compiled import EXAMPLE, CompiledLayers, Example
 from parlay.engine.gathered import GatheredAttention
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
-from parlay.types import Row, RowResult, TokenLogprobs
+from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs, Tree
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -56,7 +58,7 @@ class LoadedModel:
     config: PreTrainedConfig
     layers: nn.ModuleList
     shapes: tuple[KVShape, ...]
-    windows: tuple[int | None, ...]
+    calls: tuple[AttentionCall, ...]
     returns_tuple: bool
     device: torch.device
     dtype: torch.dtype
@@ -120,7 +122,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         config=model.config,
         layers=layers,
         shapes=tuple(probe.shapes[i] for i in range(len(layers))),
-        windows=tuple(probe.windows[i] for i in range(len(layers))),
+        calls=tuple(probe.calls[i] for i in range(len(layers))),
         returns_tuple=returns_tuple[0],
         device=device,
         dtype=dtype,
@@ -147,7 +149,7 @@ def _window_refusal(loaded: LoadedModel) -> str | None:
     kinds = getattr(loaded.config, "layer_types", None)
     if window is None or window >= loaded.context or not getattr(loaded.config, "use_sliding_window", True):
         return None
-    if (kinds is None or "sliding_attention" in kinds) and not any(loaded.windows):
+    if (kinds is None or "sliding_attention" in kinds) and not any(call.window for call in loaded.calls):
         return f"{loaded.config.model_type} has a sliding window that it does not pass to its attention function"
     return None
 
@@ -193,10 +195,11 @@ class TargetModel:
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
         pack_products(loaded.model)
-        by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
-        self._attention = PathAttention if by_paths else GatheredAttention
+        self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
+        self._attention = PathAttention if self.by_paths else GatheredAttention
         self.products = ParallelProducts(loaded.model) if strict else None
-        self._shapes = loaded.shapes
+        self._shapes, self._calls = loaded.shapes, loaded.calls
+        self._about = loaded.config.to_json_string(use_diff=False)
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
@@ -289,6 +292,20 @@ class TargetModel:
         return tuple(found)
 
     @torch.inference_mode()
+    def compiled_layers(self) -> CompiledLayers:
+        """Looks for this model's compiled layers, with a step of an odd size to see how layers are called."""
+        size, tree = self.kv.page_size, Tree((-1, -1, 0, 0, 1, 2))
+        counts = (EXAMPLE - len(tree) - 8, 8)
+        rows = [_example_row(size, count, 4 * line + 1) for line, count in enumerate(counts)]
+        with self.borrowed_kv(10, size):
+            batch = pack(rows, [Draft("example", tree, (0,) * len(tree)), None], size, self.device)
+            attention = PathAttention(self.kv, batch)
+            with forward_batch(attention):
+                hidden = self.segments(batch.tokens, batch.positions, taps=(0,)).taps[0]
+        example = Example(hidden[None], self.segments.noted, attention)
+        return CompiledLayers(self.segments.layers, self._calls, example, self._about)
+
+    @torch.inference_mode()
     def compact(self, rows: Sequence[Row], results: Sequence[RowResult]) -> None:
         """Moves accepted guesses' KV to its place behind the known tokens."""
         moves = [
@@ -299,3 +316,12 @@ class TargetModel:
         if moves:
             sources, destinations = zip(*moves, strict=True)
             self.kv.move(sources, destinations)
+
+
+def _example_row(page_size: int, count: int, first_page: int) -> Row:
+    """A row with more than a page of known tokens in KV."""
+    start = page_size + 1
+    tokens = (0,) * (start + count)
+    pages = [first_page + index // page_size % 4 for index in range(0, start + EXAMPLE, page_size)]
+    request = Request("example", tokens, SamplingParams(temperature=0))
+    return Row(0, request, 0, array("i", tokens), len(tokens), start, count, 0, 0, pages)

@@ -34,6 +34,10 @@ class Paths:
     known: torch.Tensor
     ancestors: torch.Tensor
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.slots, self.pages, self.row, self.known, self.ancestors]
+
     @classmethod
     def of(cls, batch: ForwardBatch) -> Self:
         rows = batch.rows
@@ -77,8 +81,7 @@ class PathAttention:
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        p = self.paths
         return torch.ops.parlay.attend(
-            query, key, value, self.kv.pools[call.layer], p.slots, p.pages, p.row, p.known, p.ancestors,
+            query, key, value, self.kv.pools[call.layer], *self.paths.tensors,
             call.scale, call.window or 0, call.softcap or 0.0,
         )  # fmt: skip

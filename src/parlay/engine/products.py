@@ -34,14 +34,16 @@ class PackedLinear(nn.Module):
         half = weight.to(torch.bfloat16)
         self.outputs = weight.shape[0]
         self.bias = whole.bias
-        self.weight = torch.ops.parlay.pack_weight(half if torch.equal(half.to(weight.dtype), weight) else weight)
+        self.weight: torch.Tensor
+        packed = torch.ops.parlay.pack_weight(half if torch.equal(half.to(weight.dtype), weight) else weight)
+        self.register_buffer("weight", packed, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., in] -> [..., out]."""
         return torch.ops.parlay.linear(hidden, self.weight, self.bias, self.outputs)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pack_products(model: nn.Module) -> None:
     """Replaces a model's linear layers, where the operators can be had and know their type."""
     found = {

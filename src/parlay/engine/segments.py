@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from parlay.engine.compiled import LayerProgram
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentOutput:
@@ -44,14 +46,17 @@ class _StandIn(nn.Module):
         self.layer = layer
         self.returns_tuple = returns_tuple
         self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
-        self.noted: list[Any] = [(), {}]
+        self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.program: LayerProgram | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
-        self.noted[:] = args, kwargs
+        self.noted = args, kwargs
         hidden = hidden_states if self.then is None else self.then(hidden_states)
         return (hidden,) if self.returns_tuple else hidden
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.program is not None and (done := self.program(hidden, self.noted)) is not None:
+            return done
         args, kwargs = self.noted
         out = self.layer(hidden, *args, **kwargs)
         return out[0] if self.returns_tuple else out
@@ -80,7 +85,23 @@ class SegmentedModel:
         for index, stand_in in enumerate(self._stand_ins):
             layers[index] = stand_in
         self._stand_ins[-1].then = self._run_layers
+        self.layers = [stand_in.layer for stand_in in self._stand_ins]
         model.get_output_embeddings().register_forward_pre_hook(self._keep_read)  # type: ignore[operator]
+
+    @property
+    def noted(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """How each layer was called in the last pass."""
+        return [stand_in.noted for stand_in in self._stand_ins]
+
+    @property
+    def programs(self) -> list[LayerProgram | None]:
+        """What runs each layer; None for itself."""
+        return [stand_in.program for stand_in in self._stand_ins]
+
+    def use(self, programs: Sequence[LayerProgram | None]) -> None:
+        """Runs each layer by its program, or as it is."""
+        for stand_in, program in zip(self._stand_ins, programs, strict=True):
+            stand_in.program = program
 
     def __call__(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from parlay.engine.attention import UnsupportedModel
 from parlay.engine.batch import Draft
+from parlay.engine.compiled import LayerProgram
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.engine.strict import TILE
 from parlay.types import Request, Row, SamplingParams, Tree
@@ -79,15 +81,47 @@ def check(model: TargetModel, expected: Reference) -> None:
         model.verify([_row(known, 0, CACHED, pages[:4])], [None])
         logits = model.verify(rows, [Draft("self-check", TREE, nodes), None]).logits
     difference = _rms(logits - expected.logits)
-    # transformers' eager attention takes its softmax in float32 whatever the dtype.
-    rounding = 4 * torch.finfo(model.dtype).eps + 16 * torch.finfo(torch.float32).eps
-    allowed = 4 * expected.spread + rounding * _rms(expected.logits)
+    allowed = 4 * expected.spread + _rounding(model.dtype) * _rms(expected.logits)
     if not difference <= allowed:
         raise UnsupportedModel(
             "self-check failed: a packed step differs from plain transformers by "
             f"{difference:.3g} (root mean square of logits), and {allowed:.3g} is what this dtype explains; "
             "this architecture cannot be served exactly"
         )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of logits, relatively; transformers' eager attention takes its softmax in float32 whatever the dtype."""
+    return 4 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+
+
+def check_compiled(model: TargetModel, programs: Sequence[LayerProgram], expected: Reference | None) -> None:
+    """Puts compiled layers to use and compares them with the eager ones, and with plain transformers.
+
+    Raises:
+        UnsupportedModel: when they differ by more than rounding; the layers are then still in use.
+    """
+    draft, pages = Draft("self-check", TREE, tuple(range(1, len(TREE) + 1))), list(range(1, 13))
+    steps = [
+        ([_row((3,), 0, 1, pages)], [None]),  # sizes of 1 are where programs for any size go wrong
+        ([_row((3, 5), 1, 1, pages)], [None]),
+        ([_row((3, 5, 7), 2, 1, pages), _row((4, 2), 0, 2, pages[9:])], [draft, None]),
+    ]
+
+    def run() -> list[torch.Tensor]:
+        with model.borrowed_kv(1 + len(pages), model.kv.page_size):
+            return [model.verify(rows, drafts).logits for rows, drafts in steps]
+
+    eager = run()
+    model.segments.use(programs)
+    for before, after in zip(eager, run(), strict=True):
+        difference, allowed = _rms(after - before), 8 * _rounding(model.dtype) * _rms(before)
+        if not difference <= allowed:
+            raise UnsupportedModel(
+                f"compiled ones differ by {difference:.3g} (root mean square of logits), and rounding by {allowed:.3g}"
+            )
+    if expected is not None:
+        check(model, expected)
 
 
 def check_strict(model: TargetModel) -> None:

@@ -34,7 +34,7 @@ def load() -> bool:
     if compiler is None:
         logger.warning("no C++ compiler found, so PyTorch's own operators are used; install g++ for more speed")
         return False
-    library = cache_dir() / "native" / f"parlay-{_key(compiler)}.so"
+    library = cache_dir() / "native" / f"parlay-{key(compiler)}.so"
     try:
         if not library.exists():
             _build(compiler, library)
@@ -46,8 +46,8 @@ def load() -> bool:
     return True
 
 
-def _key(compiler: str) -> str:
-    """Names everything that the compiled library depends on."""
+def key(compiler: str = "") -> str:
+    """Names everything that code compiled for this machine depends on."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
     about = (compiler, torch.__version__, torch.__file__, platform.machine(), _instruction_sets())
     return hashlib.sha256(sources + repr(about).encode()).hexdigest()[:16]

@@ -1,0 +1,147 @@
+"""Layers compiled ahead of time: the same tokens, adopted while serving, and no harm where they cannot be had."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from parlay.config import Compile, EngineConfig
+from parlay.engine import native
+from parlay.engine.checkpoint import cache_dir
+from parlay.engine.compiled import LayerProgram, Noted
+from parlay.engine.engine import Engine
+from parlay.types import Request, SamplingParams
+from tests.architectures import greedy, make_model, plain_model
+
+pytestmark = [
+    pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled"),
+    pytest.mark.timeout(400),
+]
+PROMPTS = [(5, 6, 7, 5, 6, 7, 5), tuple(range(3, 60)), (9,), (1, 2, 3, 1, 2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of this module's own, with the operators that are already there."""
+    folder, operators = tmp_path_factory.mktemp("cache"), cache_dir() / "native"
+    (folder / "native").symlink_to(operators, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARLAY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def compiled(llama: Path) -> Path:
+    """The model, with its layers in the cache; they are taken while requests are answered."""
+    engine = engine_of(llama, "background")
+    assert programs(engine) == [None, None]
+    answers = answer(engine)
+    deadline = time.monotonic() + 300
+    while engine._compiled is not None:
+        assert time.monotonic() < deadline
+        assert answer(engine) == answers
+    assert all(isinstance(program, LayerProgram) for program in programs(engine))
+    assert answer(engine) == answers
+    return llama
+
+
+def engine_of(folder: Path, compile: Compile, **options: object) -> Engine:
+    settings = {"model": str(folder), "dtype": "float32", "page_size": 4, "max_num_batched_tokens": 40} | options
+    return Engine(EngineConfig.from_dict(settings | {"compile": compile}))
+
+
+def programs(engine: Engine) -> list[LayerProgram | None]:
+    return engine.model.segments.programs
+
+
+def answer(engine: Engine) -> list[tuple[int, ...]]:
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)))
+    found: dict[str, tuple[int, ...]] = {}
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id] = found.get(delta.request_id, ()) + delta.tokens
+        engine.check_integrity()
+    return [found[str(number)] for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("speculation", ["off", "auto", "prompt_lookup:[-1,0,0,-1,3]"])
+def test_the_same_tokens_as_plain_transformers(compiled: Path, speculation: str) -> None:
+    engine = engine_of(compiled, "cached", speculation=speculation)
+    assert all(programs(engine)), "the second start finds the layers in the cache"
+    plain = plain_model(compiled, torch.float32)
+    assert answer(engine) == [greedy(plain, prompt, 24) for prompt in PROMPTS]
+
+
+def test_layers_can_be_left_as_they_are(compiled: Path) -> None:
+    assert not any(programs(engine_of(compiled, "off")))
+    assert not any(programs(engine_of(compiled, "cached", parity="strict")))
+    assert not any(programs(engine_of(compiled, "cached", dtype="float64")))
+
+
+def test_another_page_size_is_another_program(compiled: Path) -> None:
+    assert not any(programs(engine_of(compiled, "cached", page_size=8)))
+
+
+def test_programs_that_compute_something_else_are_refused(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = LayerProgram.__call__
+
+    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
+        out = honest(program, hidden, noted)
+        assert out is not None
+        return out * 1.001
+
+    monkeypatch.setattr(LayerProgram, "__call__", wrong)
+    assert not any(programs(engine_of(compiled, "cached")))
+    assert "compiled ones differ" in caplog.text
+
+
+def test_a_broken_package_is_removed(compiled: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (package,) = (cache / "compiled").glob("*.pt2")
+    whole = package.read_bytes()
+    package.write_bytes(whole[:1000])
+    assert not any(programs(engine_of(compiled, "cached")))
+    assert "cannot be loaded" in caplog.text
+    assert not package.exists()
+    package.write_bytes(whole)
+
+
+def test_a_compiler_that_fails_harms_nobody(
+    llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    engine = engine_of(llama, "wait", page_size=2)
+    assert not any(programs(engine))
+    assert "the layers run as they are" in caplog.text
+    assert answer(engine)
+    assert not list((cache / "compiled").glob("*.exported*"))
+
+
+def test_a_cache_that_cannot_be_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
+    assert not any(programs(engine_of(llama, "wait")))
+    assert "the layers cannot be compiled" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "gpt2", "opt", "stablelm", "phi3", "qwen3", "smollm3"])
+def test_architectures_compile(kind: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, kind, torch.float32)
+    engine = engine_of(folder, "wait")
+    assert all(programs(engine))
+    plain = plain_model(folder, torch.float32)
+    assert answer(engine) == [greedy(plain, prompt, 24) for prompt in PROMPTS]
