@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from parlay.engine import native
 from parlay.engine.sampling import FreshDraws, Path, draw_without_replacement, gumbel_noise, philox, process
 from parlay.types import SamplingParams
 
@@ -137,6 +138,32 @@ def test_fresh_draws_have_their_laws() -> None:
     assert counts[4] == 0
     assert chisquare(counts[:4], probs[:4].double().numpy() / float(probs.double().sum()) * 20000).pvalue > 1e-4
     assert abs(draws.accept(torch.full((20000,), 0.3)).float().mean() - 0.3) < 0.02
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 256, 257, 1000])
+def test_fresh_draws_never_take_what_has_no_probability(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    probs = torch.rand(400, vocab, generator=generator) * (torch.rand(400, vocab, generator=generator) < 0.02)
+    probs[torch.arange(400), torch.randint(vocab, (400,), generator=generator)] += 1e-30
+    chosen = FreshDraws(generator).categorical(probs / probs.sum(-1, keepdim=True))
+    assert (probs.gather(1, chosen[:, None]) > 0).all()
+
+
+def test_fresh_draws_over_several_blocks_have_their_law() -> None:
+    probs = torch.arange(1.0, 601).expand(60_000, -1) / 180_300
+    chosen = FreshDraws(torch.Generator().manual_seed(1)).categorical(probs)
+    assert chisquare(chosen.bincount(minlength=600).numpy(), 60_000 * probs[0].double().numpy()).pvalue > 1e-3
+
+
+@pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled")
+@pytest.mark.parametrize("vocab", [1, 7, 8, 300, 49153])
+def test_the_operators_log_mass(vocab: int) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)) * 20
+    logits[1, : vocab // 2] = -math.inf
+    logits[2] = -math.inf
+    exact = logits.double().logsumexp(-1)
+    assert torch.allclose(torch.ops.parlay.log_mass(logits).double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.ops.parlay.log_mass(logits[3:4].clone()), torch.ops.parlay.log_mass(logits)[3:4])
 
 
 def test_undefined_probabilities_still_give_a_token() -> None:

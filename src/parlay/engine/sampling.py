@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
+from parlay.engine import native
 from parlay.types import SamplingParams
 
 NEVER = float("-inf")
+BLOCK = 256  # tokens among which the last choice falls
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,7 @@ def _top_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingP
     Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
     """
     mass = logits.new_tensor([p.top_p for p in params])[:, None]
-    # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
-    totals = [
-        (line if low == NEVER else line[line >= low]).logsumexp(-1)
-        for line, low in zip(logits, floor[:, 0].tolist(), strict=True)
-    ]
+    totals = _log_masses(logits if bool((floor == NEVER).all()) else logits.masked_fill(logits < floor, NEVER))
     vocab, width = logits.shape[-1], 64
     while True:
         best = logits.topk(min(width, vocab), dim=-1).values
@@ -124,6 +123,14 @@ def _top_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingP
         width *= 8
     last = (held < mass).sum(-1, keepdim=True).clamp(max=best.shape[-1] - 1)  # first index that reaches the mass
     return best.gather(1, last)
+
+
+def _log_masses(logits: torch.Tensor) -> torch.Tensor:
+    """[A] log of the sum of exponentials; what a line gets does not depend on the lines beside it."""
+    if logits.device.type == "cpu" and logits.dtype is torch.float32 and native.load():
+        return torch.ops.parlay.log_mass(logits.contiguous())
+    # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
+    return torch.stack([line.logsumexp(-1) for line in logits])
 
 
 def _min_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -161,16 +168,35 @@ class FreshDraws:
         return drawn < probability
 
     def categorical(self, probs: torch.Tensor) -> torch.Tensor:
-        # One number per line in float64, where the sums of a whole vocabulary are exact enough to be looked up.
-        heights = probs.cumsum(-1, dtype=torch.float64)
-        total = heights[:, -1:]
-        drawn = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=self.generator) * total
-        drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up
-        chosen = torch.searchsorted(heights, drawn, right=True)[:, 0]
-        return chosen.clamp(max=probs.shape[-1] - 1)  # a model that overflows gives NaN, which is above every number
+        """One number per line picks a block of the vocabulary by its mass, then a token in the block."""
+        vocab = probs.shape[-1]
+        blocks = pad(probs, (0, -vocab % BLOCK)).view(len(probs), -1, BLOCK)
+        drawn = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=self.generator)
+        block, drawn = _look_up(blocks.sum(-1), drawn)
+        token, _ = _look_up(blocks[torch.arange(len(probs), device=probs.device), block], drawn)
+        return (block * BLOCK + token).clamp(max=vocab - 1)  # a model that overflows gives NaN, above every number
 
     def gumbel(self, keys: Sequence[tuple[int, int, int]], logits: torch.Tensor) -> torch.Tensor:
         return gumbel_noise(keys, logits.shape[-1], logits.device)
+
+
+def _look_up(masses: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a number falls among masses that are laid end to end, in float64.
+
+    Args:
+        masses: [A, N], not negative.
+        drawn: [A, 1] in [0, 1), as a share of their sum.
+
+    Returns:
+        [A] which mass, and [A, 1] how far into it, as a share of it.
+    """
+    heights = masses.cumsum(-1, dtype=torch.float64)
+    total = heights[:, -1:]
+    at = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up
+    found = torch.searchsorted(heights, at, right=True).clamp(max=masses.shape[-1] - 1)
+    mass = masses.gather(1, found).to(torch.float64)
+    into = (at - (heights.gather(1, found) - mass)) / mass
+    return found[:, 0], into.clamp(0, 1 - 2**-53)
 
 
 def draw_without_replacement(probs: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -67,6 +67,20 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
   return out;
 }
 
+// The logarithm of the sum of exponentials of every line: [lines, size] -> [lines]. One order of sums for a line,
+// whatever is beside it.
+Tensor log_mass(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous());
+  const int64_t size = logits.size(1);
+  Tensor out = at::empty({logits.size(0)}, logits.options());
+  const float* from = logits.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) to[line] = parlay::log_mass(from + line * size, size);
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(parlay, library) {
@@ -75,10 +89,12 @@ TORCH_LIBRARY(parlay, library) {
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) pool, Tensor slots, Tensor pages, Tensor row, "
       "Tensor known, Tensor ancestors, float scale, int window, float softcap) -> Tensor");
+  library.def("log_mass(Tensor logits) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(parlay, CPU, library) {
   library.impl("pack_weight", &pack_weight);
   library.impl("linear", &linear);
   library.impl("attend", &attend);
+  library.impl("log_mass", &log_mass);
 }
