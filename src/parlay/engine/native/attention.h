@@ -161,6 +161,7 @@ class Lines {
       if (direct) {
         keys[i] = reinterpret_cast<const float*>(both);
         values[i] = keys[i] + key_size;
+        for (int64_t d = 0; d < key_size + value_size; d += 16) __builtin_prefetch(keys[i] + d);  // a line is 64 bytes
       } else {
         float* key = copied.data() + i * (key_size + value_size);
         float* value = key + key_size;
