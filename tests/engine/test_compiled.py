@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from parlay.config import Compile, EngineConfig
-from parlay.engine import native
 from parlay.engine.checkpoint import cache_dir
 from parlay.engine.compiled import LayerProgram, Noted
 from parlay.engine.engine import Engine
 from parlay.types import Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model
+from tests.operators import needs_operators
 
 pytestmark = [
-    pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled"),
+    needs_operators,
     pytest.mark.timeout(400),
 ]
 PROMPTS = [(5, 6, 7, 5, 6, 7, 5), tuple(range(3, 60)), (9,), (1, 2, 3, 1, 2)]

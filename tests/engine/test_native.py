@@ -19,6 +19,14 @@ def load() -> bool:
     return native.load.__wrapped__()
 
 
+def compile_with(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a shell script the compiler."""
+    compiler = folder / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
@@ -29,10 +37,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 def test_a_compiler_that_fails_is_quoted(
     nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compiler = nothing_loaded / "compiler"
-    compiler.write_text("#!/bin/sh\necho some noise >&2\necho 'fatal error: no such header' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    compile_with("echo some noise >&2\necho 'fatal error: no such header' >&2\nexit 1", nothing_loaded, monkeypatch)
     assert not load()
     assert "no such header" in caplog.text
     assert not list((nothing_loaded / "cache" / "native").glob("*.so"))
@@ -49,9 +54,6 @@ def test_a_cache_that_cannot_be_written(
 def test_a_library_that_does_not_load(
     nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compiler = nothing_loaded / "compiler"
-    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho broken > "$2"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    compile_with('while [ "$1" != -o ]; do shift; done\necho broken > "$2"', nothing_loaded, monkeypatch)
     assert not load()
     assert "could not be compiled" in caplog.text

@@ -5,19 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parlay.engine import native
 from parlay.engine.attention import AttentionCall
 from parlay.engine.batch import Draft, ForwardBatch, pack
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import PathAttention, Paths
 from parlay.types import Request, Row, SamplingParams, Tree
+from tests.operators import needs_operators
 
-pytestmark = pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled")
+pytestmark = needs_operators
 
 Shape = tuple[int, int, Tree]  # tokens in KV before, known tokens of the step, guesses
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from parlay.engine.engine import Engine
 from parlay.engine.products import PackedLinear
 from parlay.types import Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model
+from tests.operators import needs_operators
 
-pytestmark = pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled")
+pytestmark = needs_operators
 
 
 @pytest.fixture(autouse=True, params=[1, 2])

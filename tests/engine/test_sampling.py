@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from parlay.engine import native
 from parlay.engine.sampling import FreshDraws, Path, draw_without_replacement, gumbel_noise, philox, process
 from parlay.types import SamplingParams
+from tests.operators import needs_operators
 
 VOCAB = 300
 
@@ -155,7 +155,7 @@ def test_fresh_draws_over_several_blocks_have_their_law() -> None:
     assert chisquare(chosen.bincount(minlength=600).numpy(), 60_000 * probs[0].double().numpy()).pvalue > 1e-3
 
 
-@pytest.mark.skipif(not native.load(), reason="the C++ operators could not be compiled")
+@needs_operators
 @pytest.mark.parametrize("vocab", [1, 7, 8, 300, 49153])
 def test_the_operators_log_mass(vocab: int) -> None:
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)) * 20

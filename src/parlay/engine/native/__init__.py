@@ -27,17 +27,22 @@ SOURCES = Path(__file__).parent
 PATIENCE = 300  # seconds for the compiler
 
 
+def compiler() -> str | None:
+    """The C++ compiler of this machine."""
+    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+
+
 @cache
 def load() -> bool:
     """Loads the operators as `torch.ops.parlay`, compiling them first where that was not done yet; whether it could."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         logger.warning("no C++ compiler found, so PyTorch's own operators are used; install g++ for more speed")
         return False
-    library = cache_dir() / "native" / f"parlay-{key(compiler)}.so"
+    library = cache_dir() / "native" / f"parlay-{key(found)}.so"
     try:
         if not library.exists():
-            _build(compiler, library)
+            _build(found, library)
         torch.ops.load_library(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("the CPU operators could not be compiled, so PyTorch's own are used: %s", _reason(error))
@@ -46,10 +51,10 @@ def load() -> bool:
     return True
 
 
-def key(compiler: str = "") -> str:
+def key(made_by: str = "") -> str:
     """Names everything that code compiled for this machine depends on."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
-    about = (compiler, torch.__version__, torch.__file__, platform.machine(), _instruction_sets())
+    about = (made_by, torch.__version__, torch.__file__, platform.machine(), _instruction_sets())
     return hashlib.sha256(sources + repr(about).encode()).hexdigest()[:16]
 
 
@@ -61,7 +66,7 @@ def _instruction_sets() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _build(compiler: str, library: Path) -> None:
+def _build(made_by: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(library.with_suffix(".lock")):
         if library.exists():
@@ -71,7 +76,7 @@ def _build(compiler: str, library: Path) -> None:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             command = [
-                compiler, "-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared",
+                made_by, "-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared",
                 "-fopenmp", f"-I{torch_folder / 'include'}", str(SOURCES / "ops.cpp"), "-o", str(built),
                 f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
             ]  # fmt: skip
