@@ -13,6 +13,7 @@ from parlay.config import Compile, EngineConfig
 from parlay.engine.checkpoint import cache_dir
 from parlay.engine.compiled import LayerProgram, Noted
 from parlay.engine.engine import Engine
+from parlay.engine.segments import Program
 from parlay.types import Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model
 from tests.operators import needs_operators
@@ -59,7 +60,7 @@ def engine_of(folder: Path, compile: Compile, **options: object) -> Engine:
     return Engine(EngineConfig.from_dict(settings | {"compile": compile}))
 
 
-def programs(engine: Engine) -> list[LayerProgram | None]:
+def programs(engine: Engine) -> list[Program | None]:
     return engine.model.segments.programs
 
 
@@ -104,7 +105,7 @@ def test_programs_that_compute_something_else_are_refused(
 
     monkeypatch.setattr(LayerProgram, "__call__", wrong)
     assert not any(programs(engine_of(compiled, "cached")))
-    assert "compiled ones differ" in caplog.text
+    assert "compiled, differs by" in caplog.text
 
 
 def test_a_broken_package_is_removed(compiled: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,6 +136,13 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
     assert not any(programs(engine_of(llama, "wait")))
     assert "the layers cannot be compiled" in caplog.text
+
+
+@pytest.mark.slow
+def test_bfloat16_compiles(llama: Path) -> None:
+    engine = engine_of(llama, "wait", dtype="bfloat16")
+    assert all(programs(engine))
+    assert answer(engine) == answer(engine_of(llama, "cached", dtype="bfloat16", speculation="off"))
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from parlay.engine import native
 from parlay.engine.attention import AttentionCall, current_step, forward_batch
 from parlay.engine.checkpoint import cache_dir
-from parlay.engine.path_attention import PathAttention
+from parlay.engine.path_attention import PathAttention, attend
 
 Noted = tuple[tuple[Any, ...], dict[str, Any]]  # how a model calls its layer, after the hidden state
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -69,9 +69,7 @@ class _TracedAttention:
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        return torch.ops.parlay.attend(
-            query, key, value, self.pool, *self.paths, call.scale, call.window or 0, call.softcap or 0.0
-        )
+        return attend(call, query, key, value, self.pool, self.paths)
 
 
 class _Traced(nn.Module):

@@ -57,7 +57,6 @@ class Engine:
             self_check.check(self.model, expected)
         if strict:
             self_check.check_strict(self.model)
-        self._expected = expected
         self._compiled = self._find_compiled()
         self._adopt_compiled()
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
@@ -189,10 +188,11 @@ class Engine:
             return
         found, self._compiled = self._compiled, None
         try:
-            self_check.check_compiled(self.model, found.programs(), self._expected)
+            programs = found.programs()
+            self_check.check_compiled(self.model, programs)
+            self.model.segments.use(programs)
             logger.info("the compiled layers are in use")
         except (CompilationFailed, UnsupportedModel) as error:
-            self.model.segments.use([None] * self.model.segments.num_layers)
             logger.warning("the layers run as they are: %s", error)
 
     def check_integrity(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -81,7 +82,16 @@ class PathAttention:
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        return torch.ops.parlay.attend(
-            query, key, value, self.kv.pools[call.layer], *self.paths.tensors,
-            call.scale, call.window or 0, call.softcap or 0.0,
-        )  # fmt: skip
+        return attend(call, query, key, value, self.kv.pools[call.layer], self.paths.tensors)
+
+
+def attend(
+    call: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pool: torch.Tensor,
+    paths: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The operator: query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D_value]; writes to the pool."""
+    return torch.ops.parlay.attend(query, key, value, pool, *paths, call.scale, call.window or 0, call.softcap or 0.0)

@@ -8,14 +8,18 @@ keeps only the positions that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from parlay.engine.compiled import LayerProgram
+from parlay.engine.compiled import Noted
+
+# Computes a layer's output from the hidden state and how the model calls the layer; None leaves it to the layer.
+Program = Callable[[torch.Tensor, Noted], torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class _StandIn(nn.Module):
         self.returns_tuple = returns_tuple
         self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
         self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.program: LayerProgram | None = None
+        self.program: Program | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
         self.noted = args, kwargs
@@ -94,14 +98,24 @@ class SegmentedModel:
         return [stand_in.noted for stand_in in self._stand_ins]
 
     @property
-    def programs(self) -> list[LayerProgram | None]:
+    def programs(self) -> list[Program | None]:
         """What runs each layer; None for itself."""
         return [stand_in.program for stand_in in self._stand_ins]
 
-    def use(self, programs: Sequence[LayerProgram | None]) -> None:
+    def use(self, programs: Sequence[Program | None]) -> None:
         """Runs each layer by its program, or as it is."""
         for stand_in, program in zip(self._stand_ins, programs, strict=True):
             stand_in.program = program
+
+    @contextmanager
+    def using(self, programs: Sequence[Program]) -> Iterator[None]:
+        """Runs each layer by its program for a while."""
+        before = self.programs
+        self.use(programs)
+        try:
+            yield
+        finally:
+            self.use(before)
 
     def __call__(
         self,
