@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from parlay.engine.sampling import FreshDraws, Path, draw_without_replacement, gumbel_noise, philox, process
+from parlay.engine.sampling import FreshDraws, Path, argmax, draw_without_replacement, gumbel_noise, philox, process
 from parlay.types import SamplingParams
 from tests.operators import needs_operators
 
@@ -156,14 +156,43 @@ def test_fresh_draws_over_several_blocks_have_their_law() -> None:
 
 
 @needs_operators
-@pytest.mark.parametrize("vocab", [1, 7, 8, 300, 49153])
-def test_the_operators_log_mass(vocab: int) -> None:
-    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)) * 20
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([1, 7, 8, 300, 5003]),
+    spread=st.sampled_from([0.0, 1e-3, 3.0, 50.0]),
+    top_k=st.integers(0, 400),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 0.5),
+)
+def test_the_operator_keeps_what_pytorch_keeps(
+    seed: int, vocab: int, spread: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Ties aside, and masses so close to the limit that the order of a sum decides."""
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed)) * spread
     logits[1, : vocab // 2] = -math.inf
+    params = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = process(logits, [Path(params, (), ())] * 3)
+    exact = process(logits.double(), [Path(params, (), ())] * 3)
+    differs = found.isfinite() != exact.isfinite()
+    assert (exact.softmax(-1) * differs).sum() + (found.double().softmax(-1) * differs).sum() < 1e-5 + spread * 1e-5
+    both = found.isfinite() & exact.isfinite()
+    assert both.any(-1).all()
+    assert torch.allclose(found[both].double(), exact[both])
+    assert torch.equal(process(logits[2:], [Path(params, (), ())]), found[2:]), "a line depends on those beside it"
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, 8, 300, 4099])
+def test_the_operators_argmax(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1] = 3
     logits[2] = -math.inf
-    exact = logits.double().logsumexp(-1)
-    assert torch.allclose(torch.ops.parlay.log_mass(logits).double(), exact, rtol=1e-6, atol=1e-6)
-    assert torch.equal(torch.ops.parlay.log_mass(logits[3:4].clone()), torch.ops.parlay.log_mass(logits)[3:4])
+    logits[3, vocab // 2] = math.inf
+    logits[4, vocab - 1] = math.nan
+    logits[5, [vocab // 3, vocab - 1]] = 99
+    assert argmax(logits).tolist() == [int(line.argmax()) for line in logits.double().numpy()]
 
 
 def test_undefined_probabilities_still_give_a_token() -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from parlay.engine.batch import Draft
-from parlay.engine.sampling import Draws, Path, process
+from parlay.engine.sampling import Draws, Path, argmax, process
 from parlay.types import Row, RowResult, TokenLogprobs
 
 
@@ -144,7 +144,7 @@ class Acceptor:
 
     def _walk_argmax(self, walks: Sequence[_Walk], logits: torch.Tensor) -> None:
         if walks:
-            best = logits.argmax(-1).tolist()
+            best = argmax(logits).tolist()
             for walk in walks:
                 while walk.take(best[walk.read]):
                     pass
@@ -152,8 +152,7 @@ class Acceptor:
     def _walk_levels(self, walks: Sequence[_Walk], logits: torch.Tensor) -> None:
         """Moves all rows down together, one level at a time, so that only visited nodes are ever processed."""
         while walks:
-            lines = torch.tensor([walk.read for walk in walks], device=logits.device)
-            current = logits.index_select(0, lines)
+            current = _lines(logits, [walk.read for walk in walks])
             current = current.to(torch.promote_types(current.dtype, torch.float32))
             tokens = self._choose(walks, process(current, [walk.path(self.eos) for walk in walks]))
             walks = [walk for walk, token in zip(walks, tokens, strict=True) if walk.take(token)]
@@ -168,13 +167,13 @@ class Acceptor:
                 line
             )
         for rule, lines in by_rule.items():
-            chosen = logits[torch.tensor(lines, device=logits.device)]
+            chosen = _lines(logits, lines)
             some = [walks[line] for line in lines]
             if rule == "greedy":
-                found = chosen.argmax(-1)
+                found = argmax(chosen)
             elif rule == "coupled":
                 noise = self.draws.gumbel([walk.key() for walk in some], chosen)
-                found = (chosen + noise).argmax(-1)
+                found = argmax(chosen + noise)
             elif rule == "optimal":
                 found = self.draws.categorical(chosen.softmax(-1))
             else:
@@ -232,6 +231,13 @@ class Acceptor:
                 lines = torch.tensor(walk.reads, device=logits.device)
                 found[walk.row.seq] = token_logprobs(logits.index_select(0, lines), walk.emitted, count)
         return found
+
+
+def _lines(logits: torch.Tensor, lines: Sequence[int]) -> torch.Tensor:
+    """Some lines of [N, vocab]; not copied when they are all lines."""
+    if list(lines) == list(range(len(logits))):
+        return logits
+    return logits.index_select(0, torch.tensor(lines, device=logits.device))
 
 
 def _normalised(mass: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:

@@ -55,31 +55,29 @@ def process(logits: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
     Returns:
         [A, vocab], -inf where a token may not be chosen. Temperature 0 leaves the scale alone.
     """
-    logits = logits.clone()
-    for line, path in enumerate(paths):
-        if path.params.logit_bias:
-            ids = torch.tensor(list(path.params.logit_bias), device=logits.device)
-            logits[line, ids] += torch.tensor(list(path.params.logit_bias.values()), device=logits.device)
-        if path.forbidden:
-            logits[line, torch.tensor(path.forbidden, device=logits.device)] = NEVER
-        if path.is_penalised:
-            _penalise(logits[line], path)
-    params = [path.params for path in paths]
-    temperatures = [p.temperature or 1.0 for p in params]
-    if any(t != 1 for t in temperatures):
-        logits /= logits.new_tensor(temperatures)[:, None]
-    floor = logits.new_full((len(paths), 1), NEVER)
-    for limit, wanted in (
-        (_top_k, [p.top_k > 0 and p.temperature > 0 for p in params]),
-        (_top_p, [p.top_p < 1 and p.temperature > 0 for p in params]),
-        (_min_p, [p.min_p > 0 and p.temperature > 0 for p in params]),
-    ):
-        lines = [line for line, wants in enumerate(wanted) if wants]
-        if lines:
-            index = torch.tensor(lines, device=logits.device)
-            some = logits if len(lines) == len(paths) else logits[index]
-            floor[index] = torch.maximum(floor[index], limit(some, floor[index], [params[line] for line in lines]))
-    return logits.masked_fill_(logits < floor, NEVER)
+    if not all(path.is_plain for path in paths):
+        logits = logits.clone()
+        for line, path in enumerate(paths):
+            _shift(logits[line], path)
+    return _truncate(logits, [path.params for path in paths])
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[A, vocab] -> [A] the first of each line's largest."""
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and native.load():
+        return torch.ops.parlay.argmax(logits.contiguous())
+    return logits.argmax(-1)
+
+
+def _shift(logits: torch.Tensor, path: Path) -> None:
+    """Bias, forbidden tokens and penalties. logits: [vocab], in place."""
+    if path.params.logit_bias:
+        ids = torch.tensor(list(path.params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(path.params.logit_bias.values()), device=logits.device)
+    if path.forbidden:
+        logits[torch.tensor(path.forbidden, device=logits.device)] = NEVER
+    if path.is_penalised:
+        _penalise(logits, path)
 
 
 def _penalise(logits: torch.Tensor, path: Path) -> None:
@@ -94,6 +92,33 @@ def _penalise(logits: torch.Tensor, path: Path) -> None:
     if params.presence_penalty or params.frequency_penalty:
         seen, counts = output.unique(return_counts=True)
         logits[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
+
+
+def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Temperature, then top-k, top-p and min-p of every line. logits: [A, vocab], not changed."""
+    temperatures = [p.temperature or 1.0 for p in params]
+    if logits.device.type == "cpu" and logits.dtype is torch.float32 and native.load():
+        drawn = [p.temperature > 0 for p in params]  # the others only need their largest
+        top_k = torch.tensor([max(0, p.top_k) if some else 0 for p, some in zip(params, drawn, strict=True)])
+        top_p = [p.top_p if some else 1.0 for p, some in zip(params, drawn, strict=True)]
+        min_p = [p.min_p if some else 0.0 for p, some in zip(params, drawn, strict=True)]
+        limits = (torch.tensor(limit, dtype=torch.float64) for limit in (top_p, min_p))
+        return torch.ops.parlay.truncate(
+            logits.contiguous(), torch.tensor(temperatures, dtype=torch.float64), top_k, *limits
+        )
+    logits = logits / logits.new_tensor(temperatures)[:, None]
+    floor = logits.new_full((len(params), 1), NEVER)
+    for limit, wanted in (
+        (_top_k, [p.top_k > 0 and p.temperature > 0 for p in params]),
+        (_top_p, [p.top_p < 1 and p.temperature > 0 for p in params]),
+        (_min_p, [p.min_p > 0 and p.temperature > 0 for p in params]),
+    ):
+        lines = [line for line, wants in enumerate(wanted) if wants]
+        if lines:
+            index = torch.tensor(lines, device=logits.device)
+            some = logits if len(lines) == len(params) else logits[index]
+            floor[index] = torch.maximum(floor[index], limit(some, floor[index], [params[line] for line in lines]))
+    return logits.masked_fill_(logits < floor, NEVER)
 
 
 # Each of these keeps the most likely tokens down to some logit, which it returns ([A, 1]); tokens tied with the last
@@ -113,7 +138,8 @@ def _top_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingP
     Sorts only as many tokens as the mass needs: 64, then eight times more, up to the vocabulary.
     """
     mass = logits.new_tensor([p.top_p for p in params])[:, None]
-    totals = _log_masses(logits if bool((floor == NEVER).all()) else logits.masked_fill(logits < floor, NEVER))
+    # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
+    totals = [line.logsumexp(-1) for line in logits.masked_fill(logits < floor, NEVER)]
     vocab, width = logits.shape[-1], 64
     while True:
         best = logits.topk(min(width, vocab), dim=-1).values
@@ -123,14 +149,6 @@ def _top_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingP
         width *= 8
     last = (held < mass).sum(-1, keepdim=True).clamp(max=best.shape[-1] - 1)  # first index that reaches the mass
     return best.gather(1, last)
-
-
-def _log_masses(logits: torch.Tensor) -> torch.Tensor:
-    """[A] log of the sum of exponentials; what a line gets does not depend on the lines beside it."""
-    if logits.device.type == "cpu" and logits.dtype is torch.float32 and native.load():
-        return torch.ops.parlay.log_mass(logits.contiguous())
-    # Line by line: threads cut a rectangle elsewhere than a line, and a seed's output must not depend on the batch.
-    return torch.stack([line.logsumexp(-1) for line in logits])
 
 
 def _min_p(logits: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

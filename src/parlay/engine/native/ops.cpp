@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "choice.h"
 #include "linear.h"
 
 namespace {
@@ -67,16 +68,37 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
   return out;
 }
 
-// The logarithm of the sum of exponentials of every line: [lines, size] -> [lines]. One order of sums for a line,
-// whatever is beside it.
-Tensor log_mass(const Tensor& logits) {
-  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous());
+// The first largest of every line: [lines, size] -> [lines].
+Tensor argmax(const Tensor& values) {
+  TORCH_CHECK(values.dim() == 2 && values.is_contiguous() && values.size(1) > 0);
+  const int64_t size = values.size(1);
+  Tensor out = at::empty({values.size(0)}, values.options().dtype(at::kLong));
+  int64_t* to = out.data_ptr<int64_t>();
+  PARLAY_DISPATCH(values.scalar_type(), [&] {
+    const scalar_t* from = values.const_data_ptr<scalar_t>();
+    at::parallel_for(0, values.size(0), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) to[line] = parlay::argmax(from + line * size, size);
+    });
+  });
+  return out;
+}
+
+// Temperature, top-k, top-p and min-p of every line, the latter three [lines]; see choice.h. [lines, size] -> the same.
+Tensor truncate_lines(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                      const Tensor& min_p) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(1) > 0);
   const int64_t size = logits.size(1);
-  Tensor out = at::empty({logits.size(0)}, logits.options());
+  Tensor out = at::empty_like(logits);
   const float* from = logits.const_data_ptr<float>();
+  const double *temperatures = temperature.const_data_ptr<double>(), *masses = top_p.const_data_ptr<double>();
+  const double* shares = min_p.const_data_ptr<double>();
+  const int64_t* counts = top_k.const_data_ptr<int64_t>();
   float* to = out.data_ptr<float>();
   at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) to[line] = parlay::log_mass(from + line * size, size);
+    std::vector<float> scratch;
+    for (int64_t line = begin; line < end; ++line)
+      parlay::truncate(from + line * size, size, static_cast<float>(temperatures[line]),
+                       {counts[line], masses[line], shares[line]}, scratch, to + line * size);
   });
   return out;
 }
@@ -89,12 +111,14 @@ TORCH_LIBRARY(parlay, library) {
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) pool, Tensor slots, Tensor pages, Tensor row, "
       "Tensor known, Tensor ancestors, float scale, int window, float softcap) -> Tensor");
-  library.def("log_mass(Tensor logits) -> Tensor");
+  library.def("argmax(Tensor values) -> Tensor");
+  library.def("truncate(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(parlay, CPU, library) {
   library.impl("pack_weight", &pack_weight);
   library.impl("linear", &linear);
   library.impl("attend", &attend);
-  library.impl("log_mass", &log_mass);
+  library.impl("argmax", &argmax);
+  library.impl("truncate", &truncate_lines);
 }

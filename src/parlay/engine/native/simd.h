@@ -89,28 +89,6 @@ inline float largest(vfloat vector) {
   return found;
 }
 
-// log(sum(exp(x))) over `size` numbers, of which some may be -infinity.
-inline float log_mass(const float* x, int64_t size) {
-  const float nothing = -std::numeric_limits<float>::infinity();
-  vfloat top = broadcast(nothing);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) top = larger(top, load(x + i));
-  float rest[kLanes];
-  std::fill_n(rest, kLanes, nothing);
-  std::copy(x + i, x + size, rest);
-  const float peak = largest(larger(top, load(rest)));
-  if (!(peak > nothing)) return peak;
-  double total = sum(exponential(load(rest) - peak));
-  const int64_t whole = i;
-  for (i = 0; i < whole;) {  // runs short enough for float32, added up in float64
-    vfloat mass = vfloat{};
-    for (const int64_t stop = std::min(whole, i + 64 * kLanes); i < stop; i += kLanes)
-      mass += exponential(load(x + i) - peak);
-    total += sum(mass);
-  }
-  return peak + static_cast<float>(std::log(total));
-}
-
 inline quad fold(vfloat vector) {  // four partial sums
   quad parts[kLanes / 4];
   std::memcpy(parts, &vector, sizeof vector);
