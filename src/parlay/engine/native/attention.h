@@ -50,8 +50,8 @@ struct Attention {
 inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 // scores[m, 0..4) = q[m] . keys[0..4) for M lines.
-template <int M>
-inline void dots(const float* q, int64_t size, const float* const* keys, float* scores) {
+template <int M, class T>
+inline void dots(const float* q, int64_t size, const T* const* keys, float* scores) {
   vfloat sum[M][4];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = vfloat{};
@@ -71,8 +71,8 @@ inline void dots(const float* q, int64_t size, const float* const* keys, float* 
 }
 
 // total[m] += sum over keys of weights[m, key] * values[key] for M lines, two vectors wide.
-template <int M>
-inline void mix(const float* weights, const float* const* values, int64_t count, int64_t offset, float* total, int64_t size) {
+template <int M, class T>
+inline void mix(const float* weights, const T* const* values, int64_t count, int64_t offset, float* total, int64_t size) {
   vfloat low[M], high[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -102,9 +102,9 @@ class Lines {
   Lines(const Attention<T>& attention, int64_t most)
       : a(attention), folds(a.heads / a.kv_heads), key_size(padded(a.key_size, kLanes)),
         value_size(padded(a.value_size, 2 * kLanes)),
-        direct(std::is_same<T, float>::value && key_size == a.key_size && value_size == a.value_size),
+        direct(key_size == a.key_size && value_size == a.value_size),
         query(most * key_size), scores(most * kChunk), total(most * value_size), peak(most), mass(most),
-        copied(direct ? 0 : kChunk * (key_size + value_size)) {}
+        copied(direct ? 0 : kChunk * (key_size + value_size), T(0)) {}
 
   void run(int64_t first, int64_t last, int64_t head) {
     begin(first, last, head);
@@ -129,9 +129,10 @@ class Lines {
   const Attention<T>& a;
   int64_t folds, key_size, value_size;
   bool direct;  // the pool's own memory can be read
-  std::vector<float> query, scores, total, peak, mass, copied;
-  const float* keys[kChunk + 3];
-  const float* values[kChunk];
+  std::vector<float> query, scores, total, peak, mass;
+  std::vector<T> copied;  // padded with zeros
+  const T* keys[kChunk + 3];
+  const T* values[kChunk];
   int64_t count = 0;  // of keys
 
   int64_t end(int64_t token) const { return a.known[token] + a.guessed(token); }
@@ -158,17 +159,17 @@ class Lines {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = a.slot(token, from + i);
       const T* both = a.pool + (slot * a.kv_heads + head) * (a.key_size + a.value_size);
+      keys[i] = both;
+      values[i] = both + a.key_size;
       if (direct) {
-        keys[i] = reinterpret_cast<const float*>(both);
-        values[i] = keys[i] + key_size;
-        for (int64_t d = 0; d < key_size + value_size; d += 16) __builtin_prefetch(keys[i] + d);  // a line is 64 bytes
+        constexpr int64_t line = 64 / sizeof(T);  // of the cache
+        for (int64_t d = 0; d < a.key_size + a.value_size; d += line) __builtin_prefetch(both + d);
       } else {
-        float* key = copied.data() + i * (key_size + value_size);
-        float* value = key + key_size;
-        for (int64_t d = 0; d < a.key_size; ++d) key[d] = static_cast<float>(both[d]);
-        for (int64_t d = 0; d < a.value_size; ++d) value[d] = static_cast<float>(both[a.key_size + d]);
-        keys[i] = key;
-        values[i] = value;
+        T* to = copied.data() + i * (key_size + value_size);
+        std::copy_n(keys[i], a.key_size, to);
+        std::copy_n(values[i], a.value_size, to + key_size);
+        keys[i] = to;
+        values[i] = to + key_size;
       }
     }
     for (int64_t i = count; i < padded(count, 4); ++i) keys[i] = keys[count - 1];
