@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 
@@ -42,12 +41,6 @@ def test_reading_claims_nothing_from_noise() -> None:
     assert "All 2 greedy texts" in result.reading
 
 
-def test_missing_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'parlay\[demo\]'"):
-        demo.run()
-
-
 def test_failed_start_shows_the_log() -> None:
     with pytest.raises(ServerFailed, match=r"status 2:\n(.|\n)*no-such-option"), local_server(["--no-such-option"]):
         pass
@@ -56,6 +49,11 @@ def test_failed_start_shows_the_log() -> None:
 def test_environment_names_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/some/where/tool", "--dataset", "/data/set.jsonl", "--rows", "4"])
     assert environment.capture().command == "tool --dataset set.jsonl --rows 4"
+
+
+def test_environment_tells_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["parlay", "bench", "--api-key", "secret", "--api-key=secret", "--seed", "4"])
+    assert environment.capture().command == "parlay bench --api-key ... --api-key=... --seed 4"
 
 
 @pytest.mark.parametrize(
