@@ -236,7 +236,7 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Measure any OpenAI-compatible server under load: latency, throughput, errors."""
+    """Measure any OpenAI-compatible server under load: latency, throughput, failures."""
     from parlay.bench.online import run
 
     code = run(
@@ -258,6 +258,53 @@ def bench(
         json_to=json_to,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+@takes(engine_config)
+def profile(
+    config: EngineConfig,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Requests at a time, may be repeated; by default 1, 4, 16.", rich_help_panel="Profile", min=1
+        ),
+    ] = None,
+    choice: Annotated[
+        Literal["greedy", "sampled", "both"], typer.Option(help="How tokens are chosen.", rich_help_panel="Profile")
+    ] = "both",
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, as for bench; by default Parlay's own.", metavar="FILE", rich_help_panel="Profile"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per request.", rich_help_panel="Profile", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Times each case is run.", rich_help_panel="Profile", min=1)] = 3,
+    compile: Annotated[
+        Compile,
+        typer.Option(help="Compile the model's layers first, or never.", rich_help_panel="Profile"),
+    ] = "wait",
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            help="Also write the numbers to this file; - is standard output.",
+            metavar="FILE",
+            rich_help_panel="Profile",
+        ),
+    ] = None,
+) -> None:
+    """See where the time of a decoding step goes: scheduling, planning, guessing, verifying and the rest."""
+    from parlay.bench.profiling import run
+
+    run(
+        dataclasses.replace(config, compile=compile),
+        rows=rows or (1, 4, 16),
+        choice=choice,
+        dataset=dataset,
+        max_tokens=max_tokens,
+        repeats=repeats,
+        json_to=json_to,
+    )
 
 
 def _read_prompts(file: Path | None, required: bool) -> list[Any]:
