@@ -57,7 +57,7 @@ def run(
     """
     if max(rows) > config.max_num_seqs:
         raise ValueError(f"rows: {max(rows)} is more than --max-num-seqs {config.max_num_seqs}; raise that")
-    methods = [method for method in NAMES if method == "off" or config.speculation is not None]
+    methods: list[Speculation] = [method for method in NAMES if method == "off" or config.speculation is not None]
     cases = [Case(number, method, sampled) for number in rows for method in methods for sampled in SAMPLED[choice]]
     prompts = load_prompts(dataset)
     engine = Engine(config)
