@@ -150,7 +150,7 @@ def run(
     summary = summarise(results, traffic.unfinished, per_second is not None, objectives)
     console = report.console(stderr=json_to == "-")
     for part in tables(settings, summary):
-        console.print(part)
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
     if json_to is not None:
         environment.deliver(json_to, captured, BenchResult(settings, summary, results))
     if traffic.unfinished:
@@ -213,7 +213,8 @@ def tables(settings: Settings, summary: Summary) -> Iterator[Table | str]:
     arrivals = "all at once" if settings.rate is None else f"{settings.rate:g} requests/s"
     limit = "" if settings.concurrency is None else f", at most {settings.concurrency} at a time"
     title = f"{settings.model}: {settings.num_prompts} requests of {settings.dataset}, {arrivals}{limit}"
-    yield table(title, ("measured by the client", ""), _totals(settings, summary))
+    yield title  # of its own, since tables break theirs at their own width
+    yield table("measured by the client", ("", ""), _totals(settings, summary))
     metrics = {
         "time to first token (TTFT)": summary.ttft,
         "time per output token (TPOT)": summary.tpot,
