@@ -171,6 +171,12 @@ def test_servers_that_fail_end_no_run(status: int, whole: bool, kind: str) -> No
     assert len(server.bodies) == 5
 
 
+def test_what_servers_say_is_shown_as_they_say_it() -> None:
+    with scripted([b"no [bold] luck [/b]"], status=500) as server:
+        answer = bench("--url", server.url, "-m", "m", "--num-prompts", "1")
+    assert "no [bold] luck [/b]" in answer.stdout
+
+
 def test_a_server_without_usage() -> None:
     piece = b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n'
     with scripted([piece, piece, b"data: [DONE]\n\n"]) as server:
