@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup 2/3: $(TORCH) (the largest download)"
 	@$(PIP) install $(TORCH) -c constraints.txt
 	@echo "setup 3/3: Parlay and its other packages"
-	@$(PIP) install -e '.[dev,demo]' -c constraints.txt
+	@$(PIP) install -e '.[dev]' -c constraints.txt
 	@touch $@
 	@echo "setup: done, the command is $(VENV)/bin/parlay"
 

@@ -86,7 +86,7 @@ def test_help_is_instant_and_complete() -> None:
     program = "import sys; from parlay.cli import app; app(['--help'])"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert time.perf_counter() - started < 2.0  # without torch about 0.3; wide, for busy machines
-    for command in ("serve", "generate", "pull", "demo", "--version"):
+    for command in ("serve", "generate", "pull", "demo", "bench", "profile", "--version"):
         assert command in answer.stdout
 
 

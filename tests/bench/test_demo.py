@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 
@@ -10,9 +9,13 @@ import pytest
 
 from benchmarks.parity import first_difference
 from parlay.bench import demo, environment
+from parlay.bench.client import Target
 from parlay.bench.load import Load, Reply
 from parlay.bench.local_server import ServerFailed, local_server
+from parlay.bench.workloads import Prompt
 from parlay.types import Speculation
+from tests.server.stand_in import StandIn
+from tests.serving import MODEL, serving
 
 REPLY = Reply(category="chat", text="a", ttft=0.1, seconds=1.0, tokens=10, steps=10, drafted=0, accepted=0)
 
@@ -42,10 +45,27 @@ def test_reading_claims_nothing_from_noise() -> None:
     assert "All 2 greedy texts" in result.reading
 
 
-def test_missing_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'parlay\[demo\]'"):
-        demo.run()
+def test_both_arms_are_sent_the_same_at_every_level() -> None:
+    prompts = [Prompt("a", "one"), Prompt("b", "two"), Prompt("a", "three")]
+    levels = (demo.Level(1, 2), demo.Level(2, 3))
+    with serving(StandIn()) as server:
+        found = demo.measure(Target(server.url, MODEL), prompts, levels, 4)
+    assert len(found) == demo.ROUNDS * len(levels) * len(demo.ARMS)
+    assert [(load.concurrency, load.speculation) for load in found[:8]] == [
+        *((1, "off"), (1, "auto"), (2, "off"), (2, "auto")),
+        *((1, "auto"), (1, "off"), (2, "auto"), (2, "off")),
+    ]
+    first = found[0]
+    assert [reply.category for reply in first.replies] == ["a", "b"]
+    assert [reply.category for reply in found[4].replies] == ["a", "a"]  # goes on where the first round ended
+    reply = first.replies[0]
+    assert (reply.text, reply.tokens, reply.steps, reply.drafted, reply.accepted) == ("user", 4, 4, 12, 8)
+    assert 0 < reply.ttft <= reply.seconds <= first.seconds
+
+
+def test_a_failed_request_ends_the_demo() -> None:
+    with serving(StandIn()) as server, pytest.raises(ServerFailed, match="HTTP 404"):
+        demo.measure(Target(server.url, "another"), [Prompt("a", "one")], (demo.Level(1, 1),), 4)
 
 
 def test_failed_start_shows_the_log() -> None:
@@ -56,6 +76,11 @@ def test_failed_start_shows_the_log() -> None:
 def test_environment_names_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/some/where/tool", "--dataset", "/data/set.jsonl", "--rows", "4"])
     assert environment.capture().command == "tool --dataset set.jsonl --rows 4"
+
+
+def test_environment_tells_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["parlay", "bench", "--api-key", "secret", "--api-key=secret", "--seed", "4"])
+    assert environment.capture().command == "parlay bench --api-key ... --api-key=... --seed 4"
 
 
 @pytest.mark.parametrize(

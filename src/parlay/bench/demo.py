@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from parlay.bench import environment, report
-from parlay.bench.load import Load, Reply, Target, send
-from parlay.bench.local_server import ServerFailed, local_server
+from parlay.bench.client import Target
+from parlay.bench.load import Load, Reply, send
+from parlay.bench.local_server import local_server
 from parlay.bench.report import Spread, progress, table
 from parlay.bench.workloads import Prompt, load_prompts
 from parlay.types import Speculation
@@ -95,11 +93,8 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
         max_tokens: Output limit of a request.
 
     Raises:
-        ValueError: when the `openai` package is missing.
         ServerFailed: when the server does not start, or fails a request.
     """
-    if importlib.util.find_spec("openai") is None:
-        raise ValueError("the demo sends its requests with the openai package: pip install 'parlay[demo]'")
     captured = environment.capture()
     console = report.console(stderr=json_to == "-")
     with (
@@ -109,46 +104,40 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
         local_server(("--model", model, *SERVER_OPTIONS)) as url,
     ):
         status.stop()
-        loads = measure(Target(url, model, max_tokens), load_prompts(), LEVELS)
+        loads = measure(Target(url, model), load_prompts(), LEVELS, max_tokens)
     result = summarise(environment.portable(model), max_tokens, loads)
     for part in _tables(result):
         console.print(part)
     console.print(result.reading, highlight=False)
     if json_to is not None:
-        _write(json_to, captured, result)
+        environment.deliver(json_to, captured, result)
 
 
-def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level]) -> list[Load]:
+def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level], max_tokens: int) -> list[Load]:
     """Sends each level's requests once without and once with guesses, round by round, the arms taking turns.
 
     Raises:
         ServerFailed: when a request fails.
     """
-    import openai
-
     loads: list[Load] = []
     supplies = [cycle(prompts) for _ in levels]
     requests = len(ARMS) * sum(level.requests for level in levels)
     began = time.monotonic()
-    try:
-        _warm_up(target, prompts)
-        for number in range(ROUNDS):
-            if number and time.monotonic() - began > PATIENCE:
-                break
-            arms = ARMS if number % 2 == 0 else ARMS[::-1]
-            with progress(f"round {number + 1} of at most {ROUNDS}", requests) as advance:
-                for level, supply in zip(levels, supplies, strict=True):
-                    chosen = list(islice(supply, level.requests))
-                    loads += [send(target, chosen, arm, level.concurrency, advance) for arm in arms]
-    except openai.OpenAIError as error:
-        raise ServerFailed(f"a request failed: {error}") from error
+    _warm_up(target, prompts)
+    for number in range(ROUNDS):
+        if number and time.monotonic() - began > PATIENCE:
+            break
+        arms = ARMS if number % 2 == 0 else ARMS[::-1]
+        with progress(f"round {number + 1} of at most {ROUNDS}", requests) as advance:
+            for level, supply in zip(levels, supplies, strict=True):
+                chosen = list(islice(supply, level.requests))
+                loads += [send(target, chosen, arm, max_tokens, level.concurrency, advance) for arm in arms]
     return loads
 
 
 def _warm_up(target: Target, prompts: Sequence[Prompt]) -> None:
-    short = Target(target.url, target.model, 8)
     for speculation in ARMS:
-        send(short, prompts[:4], speculation, 4, lambda: None)
+        send(target, prompts[:4], speculation, max_tokens=8, concurrency=4)
 
 
 def summarise(model: str, max_tokens: int, loads: Sequence[Load]) -> DemoResult:
@@ -272,10 +261,3 @@ def _tables(result: DemoResult) -> Iterator[Table]:
             for c in result.categories
         ),
     )
-
-
-def _write(target: str, captured: environment.Environment, result: DemoResult) -> None:
-    if target == "-":
-        sys.stdout.write(environment.as_json(captured, result))
-    else:
-        environment.write_json(Path(target), captured, result)

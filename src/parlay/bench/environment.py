@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("parlay", "torch", "transformers", "numpy", "openai")
+PACKAGES = ("parlay", "torch", "transformers", "numpy", "httpx")
+SECRETS = ("--api-key",)  # options whose values stay out of every record
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,23 @@ def as_json(environment: Environment, results: Any) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
+def deliver(target: str, environment: Environment, results: Any) -> None:
+    """Writes the document to the file of this name; `-` is standard output."""
+    if target == "-":
+        sys.stdout.write(as_json(environment, results))
+    else:
+        write_json(Path(target), environment, results)
+
+
 def _command() -> str:
-    return " ".join(map(portable, sys.argv))
+    told: list[str] = []
+    for argument in sys.argv:
+        option, given, _ = argument.partition("=")
+        if told and told[-1] in SECRETS:
+            told.append("...")
+        else:
+            told.append(f"{option}=..." if given and option in SECRETS else portable(argument))
+    return " ".join(told)
 
 
 def portable(argument: str) -> str:

@@ -1,18 +1,18 @@
-"""Load on a server as users make it: streaming chat requests of the OpenAI client, so many at a time."""
+"""Load on a Parlay server for the demo: greedy chat requests that all must succeed, so many at a time."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Self
 
+from parlay.bench import serving
+from parlay.bench.client import Target, Wish
+from parlay.bench.local_server import ServerFailed
+from parlay.bench.serving import Planned
+from parlay.bench.summary import RequestResult, request_results
 from parlay.bench.workloads import Prompt
 from parlay.types import Speculation
-
-if TYPE_CHECKING:
-    import openai
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,29 @@ class Reply:
     drafted: int
     accepted: int
 
+    @classmethod
+    def of(cls, result: RequestResult) -> Self:
+        """The reply to a request.
+
+        Raises:
+            ServerFailed: when it failed, or does not say what speculation did.
+        """
+        if result.failure is not None:
+            raise ServerFailed(f"a request failed: {result.failure.kind}: {result.failure.message}")
+        spent = result.speculation
+        if spent is None:
+            raise ServerFailed("a request failed: the server does not report usage.speculation")
+        return cls(
+            category=result.category,
+            text=result.text,
+            ttft=result.ttft if result.ttft is not None else result.e2e,
+            seconds=result.e2e,
+            tokens=result.output_tokens,
+            steps=spent.steps,
+            drafted=spent.drafted,
+            accepted=spent.accepted,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -39,17 +62,13 @@ class Load:
     replies: tuple[Reply, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Which server, which model, how much to ask for."""
-
-    url: str
-    model: str
-    max_tokens: int
-
-
 def send(
-    target: Target, prompts: Sequence[Prompt], speculation: Speculation, concurrency: int, done: Callable[[], None]
+    target: Target,
+    prompts: Sequence[Prompt],
+    speculation: Speculation,
+    max_tokens: int,
+    concurrency: int,
+    done: Callable[[], None] = lambda: None,
 ) -> Load:
     """Sends every prompt greedily, starting one whenever fewer than `concurrency` are in flight.
 
@@ -57,64 +76,18 @@ def send(
         target: Where to.
         prompts: User messages.
         speculation: Asked for per request.
+        max_tokens: Output limit of a request.
         concurrency: Requests in flight.
         done: Called after each reply.
+
+    Raises:
+        ServerFailed: when a request fails.
+        KeyboardInterrupt: when the user interrupts.
     """
-    return asyncio.run(_send(target, prompts, speculation, concurrency, done))
-
-
-async def _send(
-    target: Target, prompts: Sequence[Prompt], speculation: Speculation, concurrency: int, done: Callable[[], None]
-) -> Load:
-    import openai
-
-    gate = asyncio.Semaphore(concurrency)
-
-    async def ask(prompt: Prompt) -> Reply:
-        async with gate:
-            reply = await _ask(client, target, prompt, speculation)
-        done()
-        return reply
-
-    direct = openai.DefaultAsyncHttpxClient(
-        trust_env=False, timeout=600
-    )  # the server is near: no proxy from the environment
-    async with openai.AsyncOpenAI(
-        base_url=f"{target.url}/v1", api_key="none", max_retries=0, http_client=direct
-    ) as client:
-        began = time.perf_counter()
-        replies = await asyncio.gather(*map(ask, prompts))
-        seconds = time.perf_counter() - began
-    return Load(concurrency, speculation, seconds, tuple(replies))
-
-
-async def _ask(client: openai.AsyncOpenAI, target: Target, prompt: Prompt, speculation: Speculation) -> Reply:
-    began = time.perf_counter()
-    first: float | None = None
-    pieces: list[str] = []
-    usage: Any = None
-    stream = await client.chat.completions.create(
-        model=target.model,
-        messages=[{"role": "user", "content": prompt.text}],
-        temperature=0,
-        max_tokens=target.max_tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"speculation": speculation},
-    )
-    async for chunk in stream:
-        usage = chunk.usage or usage
-        piece = chunk.choices[0].delta.content if chunk.choices else None
-        if piece:
-            first = first or time.perf_counter() - began
-            pieces.append(piece)
-    seconds = time.perf_counter() - began
-    spent = usage.model_extra["speculation"]
-    return Reply(
-        category=prompt.category,
-        text="".join(pieces),
-        ttft=first if first is not None else seconds,
-        seconds=seconds,
-        tokens=usage.completion_tokens,
-        **{name: spent[name] for name in ("steps", "drafted", "accepted")},
-    )
+    plan = [Planned(prompt) for prompt in prompts]
+    traffic = serving.send(target, Wish(max_tokens, speculation=speculation), plan, concurrency, done)
+    if traffic.unfinished:
+        raise KeyboardInterrupt
+    results = request_results(traffic)
+    replies = tuple(map(Reply.of, results))
+    return Load(concurrency, speculation, max(result.sent + result.e2e for result in results), replies)
