@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from parlay import __version__
 from parlay.config import Compile, EngineConfig
-from parlay.options import DEFAULT_MODEL, engine_config, sampling_params, takes
+from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
 from parlay.types import RequestOutput, SamplingParams
 
 BAD_INPUT = 2
@@ -74,7 +74,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel="Server")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", rich_help_panel="Server", min=0, max=65535)] = 8000,
     served_model_name: Annotated[
-        str | None, typer.Option(help="Name that clients use; by default --model.", rich_help_panel="Server")
+        list[str] | None,
+        typer.Option(
+            help="Name that clients use, by default --model; may be repeated, and answers have the first.",
+            rich_help_panel="Server",
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -82,6 +86,23 @@ def serve(
             help="Refuse requests without this bearer token.", rich_help_panel="Server", envvar="PARLAY_API_KEY"
         ),
     ] = None,
+    max_queue_size: Annotated[
+        int,
+        typer.Option(
+            help="Sequences that may wait beside those that run; calls beyond that get 429.",
+            rich_help_panel="Server",
+            min=0,
+        ),
+    ] = 1024,
+    max_body_size: Annotated[
+        int,
+        typer.Option(
+            help="Longest body of a request, as 8MiB or bytes; longer ones get 413.",
+            rich_help_panel="Server",
+            parser=parse_bytes,
+            metavar="SIZE",
+        ),
+    ] = "8MiB",  # type: ignore[assignment]  # goes through the parser, and reads better in the help
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel="Server")
     ] = False,
@@ -99,7 +120,14 @@ def serve(
 
     config = dataclasses.replace(config, compile=compile)
     run_server(
-        config, host=host, port=port, served_model_name=served_model_name, api_key=api_key, access_log=access_log
+        config,
+        host=host,
+        port=port,
+        served_model_names=served_model_name or (),
+        api_key=api_key,
+        max_queue_size=max_queue_size,
+        max_body_bytes=max_body_size,
+        access_log=access_log,
     )
 
 

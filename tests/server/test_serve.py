@@ -42,7 +42,7 @@ def test_one_line_when_ready_and_a_calm_end(tmp_path: Path, capsys: pytest.Captu
     visitor.start()
     config = EngineConfig(model=str(make_tiny_llama(tmp_path)), dtype="float32", device="cpu")
     capsys.readouterr()
-    serve(config, port=port, served_model_name="tiny")
+    serve(config, port=port, served_model_names=["tiny"])
     visitor.join()
     assert served == ["tiny"]
     assert capsys.readouterr().out == f"tiny (float32, cpu) is ready at http://127.0.0.1:{port}\n"

@@ -69,6 +69,10 @@ class Call:
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
 
+    @property
+    def num_choices(self) -> int:
+        return sum(request.params.n for request in self.requests)
+
     def first_indices(self) -> Mapping[str, int]:
         """The index of each request's first choice among all choices of the call."""
         return {request.id: number * request.params.n for number, request in enumerate(self.requests)}
@@ -77,14 +81,14 @@ class Call:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def check_model(asked: str | None, served: str) -> None:
-    """Refuses another model than the one served; who names none gets that one.
+def check_model(asked: str | None, names: Sequence[str]) -> None:
+    """Refuses another model than the one served, which may have several names; who asks for none gets that one.
 
     Raises:
         ApiError: 404, as OpenAI does.
     """
-    if asked is not None and asked != served:
-        message = f"model: this server has {served!r}, not {asked!r}"
+    if asked is not None and asked not in names:
+        message = f"model: this server has {' and '.join(map(repr, names))}, not {asked!r}"
         raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
 

@@ -12,7 +12,7 @@ from parlay.server.schema import CompletionRequest, parse
 from parlay.types import Delta, InvalidRequest, Request, SamplingParams
 
 
-def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
+def prepare_completion(body: bytes, engine: ServingEngine, names: Sequence[str]) -> Call:
     """Reads, checks and tokenises a completion call; slow for long prompts, so never on the event loop.
 
     Raises:
@@ -20,13 +20,13 @@ def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
         ApiError: for another model's name.
     """
     wish = parse(CompletionRequest, body)
-    check_model(wish.model, model)
+    check_model(wish.model, names)
     params = _sampling_params(wish)
     prompts = _tokenise(wish, engine.tokenizer)
     id = new_id("cmpl")
     requests = new_requests(id, prompts, params)
     echoes = _echoes(wish, requests, engine.tokenizer) if wish.echo else None
-    return Call.prepare(id, model, wish, requests, CompletionForm(engine.tokenizer, params, echoes))
+    return Call.prepare(id, names[0], wish, requests, CompletionForm(engine.tokenizer, params, echoes))
 
 
 class CompletionForm:
