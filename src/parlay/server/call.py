@@ -40,7 +40,10 @@ class AnswerForm(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was understood and tokenised."""
+    """A call that was understood and tokenised.
+
+    `prompt_only` asks for nothing but the prompt and its scores: `max_tokens` is 0.
+    """
 
     id: str
     created: int
@@ -49,6 +52,7 @@ class Call:
     form: AnswerForm
     stream: bool
     include_usage: bool
+    prompt_only: bool
 
     @classmethod
     def prepare(
@@ -63,6 +67,7 @@ class Call:
             form=form,
             stream=bool(wish.stream),
             include_usage=bool(options and options.include_usage),
+            prompt_only=wish.max_tokens == 0,
         )
 
     @property
@@ -76,6 +81,22 @@ class Call:
     def first_indices(self) -> Mapping[str, int]:
         """The index of each request's first choice among all choices of the call."""
         return {request.id: number * request.params.n for number, request in enumerate(self.requests)}
+
+    def visible(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
+        """What the client gets of these deltas."""
+        if not self.prompt_only:
+            return deltas
+        return [
+            Delta(
+                delta.request_id,
+                delta.choice,
+                text="",
+                tokens=(),
+                prompt_logprobs=delta.prompt_logprobs,
+                finish_reason="length" if delta.finish_reason else None,
+            )
+            for delta in deltas
+        ]
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

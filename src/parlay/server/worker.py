@@ -188,10 +188,10 @@ class EngineWorker:
                     self._stopped = True
                     self._abort(self._fail_live(ShuttingDown))
                     return
-        if self._busy:
-            self._deliver(self.engine.step())
+        deltas = self.engine.step() if self._busy else ()
         if self.failure is None:
-            self.status = self.engine.status()
+            self.status = self.engine.status()  # before anybody hears of the step, so that nobody finds it older
+        self._deliver(deltas)
 
     @property
     def _busy(self) -> bool:
