@@ -8,7 +8,7 @@ The mean acceptance length, that is the tokens which a verified draft yields, th
 The share of drafts whose guess at each position was accepted:
 
     sum by (method, position) (rate(parlay:spec_decode_num_accepted_tokens_per_pos_total[5m]))
-      / ignoring (position) group_left sum by (method) (rate(parlay:spec_decode_num_drafts_total[5m]))
+      / on (method) group_left sum by (method) (rate(parlay:spec_decode_num_drafts_total[5m]))
 
 Counts and times are per choice: a request for n choices counts n times, as it does in vLLM, but its prompt once.
 Everything here runs on the event loop. Counters are plain numbers that become metrics when somebody asks for them.
