@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,10 +47,17 @@ class Server:
 
 
 @contextmanager
-def serving(engine: ServingEngine, *, grace: int = 10, **options: object) -> Iterator[Server]:
+def serving(
+    engine: ServingEngine,
+    *,
+    grace: int = 10,
+    max_queue_size: int = 1024,
+    aliases: Sequence[str] = (),
+    **options: object,
+) -> Iterator[Server]:
     """Serves `engine` on a free loopback port; `options` go to `create_app`."""
-    worker = EngineWorker(engine)
-    app = create_app(worker, model=MODEL, **options)  # pyright: ignore[reportArgumentType]
+    worker = EngineWorker(engine, max_queue_size)
+    app = create_app(worker, names=[MODEL, *aliases], **options)  # pyright: ignore[reportArgumentType]
     settings = uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace)
     server = _Server(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:

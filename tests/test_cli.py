@@ -136,15 +136,20 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--max-num-seqs", "4", "--max-model-len", "99", "--max-num-batched-tokens", "64", "--page-size", "8"),
         *("--kv-cache-memory", "1MiB", "--speculation", "prompt_lookup:[-1,-1,0]", "--parity", "strict"),
         *("--seed", "7", "--no-prefix-caching", "--no-self-check", "--device", "cpu", "--compile", "off"),
+        *("--served-model-name", "other", "--max-queue-size", "5", "--max-body-size", "2kB", "--access-log"),
     )
     assert answer.exit_code == 0, answer.output
-    assert {key: seen[key] for key in ("host", "port", "served_model_name", "api_key")} == {
+    config = seen.pop("config")
+    assert seen == {
         "host": "127.0.0.1",
         "port": 9,
-        "served_model_name": "m",
+        "served_model_names": ["m", "other"],
         "api_key": "secret",
+        "max_queue_size": 5,
+        "max_body_bytes": 2000,
+        "access_log": True,
     }
-    assert seen["config"] == EngineConfig(
+    assert config == EngineConfig(
         model="some/model",
         dtype="float32",
         device="cpu",

@@ -299,7 +299,11 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one choice of one request gained in a step: the unit of streaming."""
+    """What one choice of one request gained in a step: the unit of streaming.
+
+    `method` is the drafter whose guesses were verified, None where there were none. `queued` is the time in seconds
+    from the request's arrival to the step in which the choice first ran.
+    """
 
     request_id: str
     choice: int
@@ -310,6 +314,31 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     stats: SpeculationStats = SpeculationStats()
+    method: str | None = None
+    queued: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """How an engine stands between two steps.
+
+    Attributes:
+        slots: Choices that may run at a time.
+        running: Choices that run.
+        waiting: Choices that do not run yet, or not again after a preemption.
+        kv_usage: Share of the KV pages that live choices hold, from 0 to 1.
+        preemptions: Choices that lost their pages to others, since the start.
+        prefix_queries: Tokens that were looked up among published pages, since the start.
+        prefix_hits: Those of them that were found, and so were not computed again.
+    """
+
+    slots: int
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.engine.llm import LLM
-from parlay.types import Bet, Delta, InvalidRequest, Request, SamplingParams, Tree
+from parlay.types import Bet, Delta, EngineStatus, InvalidRequest, Request, SamplingParams, Tree
 from tests.architectures import greedy, make_model, plain_model, prompts_of
 
 REPETITIVE = tuple([7, 8, 9, 10, 11] * 6)
@@ -85,6 +86,23 @@ def test_a_shared_prefix_is_run_once(folder: Path) -> None:
     engine.add(Request("second", (*prompt, 5), SamplingParams(max_tokens=1, temperature=0)))
     (row,) = engine.scheduler.schedule()
     assert (row.start, row.count) == (28, 3)
+
+
+def test_the_status_counts_choices_pages_and_prefixes(folder: Path) -> None:
+    engine = engine_for(folder, page_size=4, max_num_seqs=2)
+    assert engine.status() == EngineStatus(slots=2)
+    prompt = tuple(range(1, 31))
+    engine.add(Request("r", prompt, SamplingParams(n=3, seed=1, max_tokens=8, ignore_eos=True)))
+    assert (engine.status().running, engine.status().waiting) == (0, 3)
+    began = time.perf_counter()
+    (delta,) = engine.step()
+    assert 0 < delta.queued - began < time.perf_counter() - began  # the request says that it arrived at 0
+    status = engine.status()
+    assert (status.running, status.waiting, status.prefix_queries, status.prefix_hits) == (1, 2, 30, 0)
+    assert status.kv_usage == pytest.approx(8 / engine.scheduler.blocks.num_pages)
+    finish(engine)
+    # The other two choices compute the last token of the prompt only.
+    assert engine.status() == EngineStatus(slots=2, prefix_queries=90, prefix_hits=58)
 
 
 def test_guesses_shrink_when_pages_are_short_and_preempt_nobody(folder: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from parlay.types import Delta, InvalidRequest, Request, SpeculationStats, TokenLogprobs
+from parlay.types import Delta, EngineStatus, InvalidRequest, Request, SpeculationStats, TokenLogprobs
 
 
 class ByteTokenizer:
@@ -32,6 +32,7 @@ class StandIn:
     """Steps freely, or one step per `pace.release()` when paced."""
 
     max_model_len = 200
+    slots = 4
 
     def __init__(self, *, paced: bool = False) -> None:
         self.tokenizer = ByteTokenizer()
@@ -69,6 +70,11 @@ class StandIn:
             raise self.breaks
         return [delta for request, done in list(self.live.values()) for delta in self._advance(request, done)]
 
+    def status(self) -> EngineStatus:
+        choices = sum(request.params.n for request, _ in list(self.live.values()))
+        running = min(choices, self.slots)
+        return EngineStatus(self.slots, running, choices - running, kv_usage=running / self.slots)
+
     def _advance(self, request: Request, done: int) -> list[Delta]:
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
         token = request.prompt[done % len(request.prompt)]
@@ -91,6 +97,7 @@ class StandIn:
                 else (),
                 finish_reason="length" if last else None,
                 stats=SpeculationStats(steps=1, drafted=3, accepted=2),
+                method="parrot",
             )
             for choice in range(request.params.n)
         ]

@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from parlay.engine.engine import Engine
-from tests.serving import MODEL, Server, until
+from tests.server.stand_in import StandIn
+from tests.serving import MODEL, Server, serving, until
 from tests.tiny import END, VOCAB_SIZE
 
 MESSAGES: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the and the and the"}]
@@ -50,6 +51,21 @@ def test_usage_tells_what_speculation_did(client: openai.OpenAI) -> None:
     bet = speculation("max")
     assert bet["drafted"] > 0
     assert bet["steps"] + bet["accepted"] == 16
+
+
+@pytest.mark.parametrize("wish", ["off", "auto", "max"])
+def test_the_usage_of_a_stream_tells_it_too(client: openai.OpenAI, engine: Engine, wish: str) -> None:
+    (token,) = engine.tokenizer.encode(" of")
+    call: dict[str, Any] = {"model": MODEL, "prompt": "the and", "max_tokens": 16, "logit_bias": {str(token): 100}}
+    *chunks, last = client.completions.create(
+        **call, stream=True, stream_options={"include_usage": True}, extra_body={"speculation": wish}
+    )
+    assert all(chunk.usage is None for chunk in chunks)
+    assert last.choices == []
+    assert last.usage is not None
+    said = (last.usage.model_extra or {})["speculation"]
+    assert said["steps"] + said["accepted"] == last.usage.completion_tokens == 16
+    assert (said["drafted"] > 0) == (said["accepted"] > 0) == (wish != "off")
 
 
 def test_chat_goes_up_to_the_context_limit(client: openai.OpenAI, engine: Engine) -> None:
@@ -258,6 +274,14 @@ def test_bad_chats_name_the_field(client: openai.OpenAI, call: dict[str, Any], p
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, **call)
     assert caught.value.param == param
+
+
+def test_any_name_of_the_model_will_do() -> None:
+    with serving(StandIn(), aliases=["org/other name"]) as server, server.client() as client:
+        assert [card.id for card in client.models.list()] == [MODEL, "org/other name"]
+        assert client.models.retrieve("org/other name").id == "org/other name"
+        for name in (MODEL, "org/other name"):
+            assert client.completions.create(model=name, prompt="x", max_tokens=1).model == MODEL
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

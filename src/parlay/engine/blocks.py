@@ -36,6 +36,11 @@ class Blocks:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages that somebody holds, from 0 to 1."""
+        return 1 - len(self._free) / self.num_pages
+
     def pages_for(self, positions: int) -> int:
         """Pages that hold this many positions."""
         return -(-positions // self.page_size)

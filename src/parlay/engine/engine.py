@@ -25,7 +25,7 @@ from parlay.engine.output import OutputStream
 from parlay.engine.sampling import FreshDraws
 from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
-from parlay.types import Delta, InvalidRequest, Request, Row, RowResult, StepResult
+from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,19 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def status(self) -> EngineStatus:
+        """How it stands now; cheap enough for every step."""
+        scheduler, running = self.scheduler, len(self.scheduler.running)
+        return EngineStatus(
+            slots=self.config.max_num_seqs,
+            running=running,
+            waiting=len(self._streams) - running,
+            kv_usage=scheduler.blocks.usage,
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+        )
+
     # ---- a step ---------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
@@ -131,7 +144,7 @@ class Engine:
         lap("verify")
         outcome = self.acceptor.accept(rows, drafts, scores)
         lap("accept")
-        deltas, kept = self._read_out(rows, outcome)
+        deltas, kept = self._read_out(rows, outcome, lap.began)
         lap("detokenise")
         self.model.compact(rows, kept)
         self.drafters.commit(rows, kept, scores.taps)
@@ -141,9 +154,11 @@ class Engine:
         self.policy.observe(rows, StepResult(outcome, lap.seconds))  # an output's end is not a rejection
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
 
-    def _read_out(self, rows: list[Row], results: tuple[RowResult, ...]) -> tuple[list[Delta], tuple[RowResult, ...]]:
+    def _read_out(
+        self, rows: list[Row], results: tuple[RowResult, ...], began: float
+    ) -> tuple[list[Delta], tuple[RowResult, ...]]:
         """Turns tokens into text, and cuts each row's result where its output ends."""
-        deltas = [self._streams[row.seq].take(got) for row, got in zip(rows, results, strict=True)]
+        deltas = [self._streams[row.seq].take(got, began) for row, got in zip(rows, results, strict=True)]
         cut = tuple(
             got if len(delta.tokens) == len(got.emitted) else _cut(got, len(delta.tokens))
             for got, delta in zip(results, deltas, strict=True)
@@ -220,7 +235,7 @@ class _Laps:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.began = self._last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
         now = time.perf_counter()

@@ -43,9 +43,17 @@ class OutputStream:
         self._recent = list(request.prompt[-CONTEXT:])  # tokens that may still change how later ones read
         self._read = len(self._recent)  # of those, how many are in the text already
         self._held = ""
+        self._queued: float | None = None  # seconds from the request's arrival to its first step
 
-    def take(self, result: RowResult) -> Delta:
-        """Adds what a step emitted; the result's `tokens` are those that are kept."""
+    def take(self, result: RowResult, began: float = 0.0) -> Delta:
+        """Adds what a step emitted; the result's `tokens` are those that are kept.
+
+        Args:
+            result: What the step found.
+            began: When the step began, in seconds on `time.perf_counter`'s clock.
+        """
+        if self._queued is None:
+            self._queued = began - self.request.arrival
         ending = self._ending(result.emitted)
         tokens = result.emitted[: ending.kept]
         if self.params.stop:
@@ -68,6 +76,8 @@ class OutputStream:
                 drafted=result.drafted,
                 accepted=max(0, min(len(result.accepted), len(tokens) - 1)),
             ),
+            method=result.method,
+            queued=self._queued,
         )
 
     def _ending(self, emitted: Sequence[int]) -> Ending:

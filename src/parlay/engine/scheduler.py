@@ -57,6 +57,8 @@ class Scheduler:
         self.page_copies: list[tuple[int, int]] = []  # (source, destination), to be copied before the next pass
         self.budget = 0  # tokens left for guesses in the step just scheduled
         self.preemptions = 0
+        self.prefix_queries = 0  # tokens that were looked up among published pages, counted at admission
+        self.prefix_hits = 0  # and found there
         self._next = 0
 
     # ---- requests come and go -------------------------------------------------------------------------------
@@ -176,11 +178,18 @@ class Scheduler:
             self._make_room(seq, len(seq.tokens))
         self.waiting.remove(seq)
         self.running.append(seq)
+        if self._may_reuse(seq):
+            self.prefix_queries += len(seq.tokens)
+            self.prefix_hits += seq.computed
         return True
+
+    def _may_reuse(self, seq: Sequence) -> bool:
+        scores = seq.scores_prompt and seq.scored < len(seq.request.prompt) - 1
+        return self.config.prefix_caching and not scores
 
     def _reuse_prefix(self, seq: Sequence) -> None:
         """Takes the published pages that hold the beginning of these tokens; at least one token stays to be run."""
-        if not self.config.prefix_caching or (seq.scores_prompt and seq.scored < len(seq.request.prompt) - 1):
+        if not self._may_reuse(seq):
             return
         size, name = self.blocks.page_size, b""
         for end in range(size, len(seq.tokens), size):

@@ -55,7 +55,8 @@ async def whole_answer(call: Call, generation: Generation) -> bytes:
     arrived: dict[tuple[str, int], list[Delta]] = {
         (request.id, choice): [] for request in call.requests for choice in range(request.params.n)
     }
-    async for deltas in generation:
+    async for gained in generation:
+        deltas = call.visible(gained)
         usage.add(deltas)
         for delta in deltas:
             arrived[delta.request_id, delta.choice].append(delta)
@@ -91,7 +92,8 @@ async def event_stream(call: Call, generation: Generation) -> AsyncIterator[byte
         return b"".join(events)
 
     try:
-        async for deltas in generation:
+        async for gained in generation:
+            deltas = call.visible(gained)
             usage.add(deltas)
             many = any(delta.prompt_logprobs for delta in deltas)  # scores of a whole chunk of prompt
             if events := await asyncio.to_thread(write, deltas) if many else write(deltas):

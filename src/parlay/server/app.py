@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -22,21 +23,23 @@ from starlette.responses import JSONResponse, Response
 
 from parlay import __version__
 from parlay.config import EngineConfig
+from parlay.server.admission import QueueFull
 from parlay.server.answers import EventStream, whole_answer
 from parlay.server.call import Call, check_model
 from parlay.server.chat import prepare_chat
 from parlay.server.completions import prepare_completion
 from parlay.server.contract import ServingEngine
 from parlay.server.errors import CLIENT_GONE, ApiError, install_error_handlers
+from parlay.server.metrics import Metrics
 from parlay.server.transport import read_body, unless_gone
-from parlay.server.worker import EngineWorker
+from parlay.server.worker import MAX_QUEUE_SIZE, EngineWorker
 
 MAX_BODY_BYTES = 8 * 2**20
 T = TypeVar("T")
 
 GRACE_SECONDS = 30  # what is in flight may finish for this long when the server stops
 
-Prepare = Callable[[bytes, ServingEngine, str], Call]
+Prepare = Callable[[bytes, ServingEngine, Sequence[str]], Call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,22 @@ class Service:
 
     Attributes:
         worker: Runs the engine.
-        model: The name that clients ask for.
+        names: What clients may call the model; answers have the first.
+        metrics: Where calls are counted.
         api_key: What clients must present; None lets everybody in.
         max_body_bytes: Longer bodies are answered with 413.
         created: When the model was loaded, in seconds since the epoch.
     """
 
     worker: EngineWorker
-    model: str
+    names: tuple[str, ...]
+    metrics: Metrics
     api_key: str | None
     max_body_bytes: int
     created: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
-        """The routes; all but /health ask for the key."""
+        """The routes; all but /health and /metrics ask for the key."""
         guarded = APIRouter(dependencies=[Depends(self.authorise)])
         guarded.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
         guarded.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
@@ -67,6 +72,7 @@ class Service:
         guarded.add_api_route("/version", self.version, methods=["GET"])
         routes = APIRouter()
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        routes.add_api_route("/metrics", self.write_metrics, methods=["GET"], response_model=None)
         routes.include_router(guarded)
         return routes
 
@@ -89,24 +95,33 @@ class Service:
         return await self._generate(prepare_completion, request)
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card()]}
+        return {"object": "list", "data": [self._card(name) for name in self.names]}
 
     async def model_card(self, name: str) -> dict[str, Any]:
-        check_model(name, self.model)
-        return self._card()
+        check_model(name, self.names)
+        return self._card(name)
 
     async def health(self) -> Response:
         if self.worker.failure is not None:
             return JSONResponse({"status": "failed", "reason": self.worker.failure}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ok"})
 
+    async def write_metrics(self, request: Request) -> Response:
+        body, content_type = self.metrics.write(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
     async def version(self) -> dict[str, str]:
         return {"version": __version__}
 
     async def _generate(self, prepare: Prepare, request: Request) -> Response:
         body = await read_body(request, self.max_body_bytes)
-        call = await asyncio.to_thread(prepare, body, self.worker.engine, self.model)
-        generation = await self.worker.submit(call.requests)
+        arrived = time.perf_counter()
+        call = await asyncio.to_thread(prepare, body, self.worker.engine, self.names)
+        try:
+            generation = await self.worker.submit(call.requests, self.metrics.watch(call.requests, arrived))
+        except QueueFull:
+            self.metrics.refuse(call.num_choices)
+            raise
         if call.stream:
             return EventStream(call, generation)
         try:
@@ -115,9 +130,9 @@ class Service:
             generation.close()
         return Response(answer, HTTPStatus.OK if answer else CLIENT_GONE, media_type="application/json")
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "parlay",
@@ -126,9 +141,9 @@ class Service:
 
 
 def create_app(
-    worker: EngineWorker, *, model: str, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    worker: EngineWorker, *, names: Sequence[str], api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
 ) -> FastAPI:
-    """The application over a worker, which it starts and stops with itself."""
+    """The application over a worker, which it starts and stops with itself; `names` are the model's."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -140,7 +155,8 @@ def create_app(
 
     # No schema pages: bodies are read and checked off the event loop, where FastAPI does not see their types.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.include_router(Service(worker, model, api_key, max_body_bytes).router())
+    metrics = Metrics(names[0], lambda: worker.status)
+    app.include_router(Service(worker, tuple(names), metrics, api_key, max_body_bytes).router())
     install_error_handlers(app)
     return app
 
@@ -172,8 +188,10 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    served_model_name: str | None = None,
+    served_model_names: Sequence[str] = (),
     api_key: str | None = None,
+    max_queue_size: int = MAX_QUEUE_SIZE,
+    max_body_bytes: int = MAX_BODY_BYTES,
     access_log: bool = False,
 ) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM.
@@ -182,8 +200,10 @@ def serve(
         config: What to build the engine from.
         host: The address to listen on.
         port: 0 takes a free one.
-        served_model_name: The name that clients ask for; None takes `config.model`.
+        served_model_names: What clients may call the model; none takes `config.model`. Answers have the first.
         api_key: What clients must present; None lets everybody in.
+        max_queue_size: Choices that may wait; calls beyond that are answered with 429.
+        max_body_bytes: Longer bodies are answered with 413.
         access_log: Log every HTTP request.
 
     Raises:
@@ -194,9 +214,9 @@ def serve(
     listener = _bind(host, port)
     try:
         engine = _aside(lambda: Engine(config))
-        worker = EngineWorker(engine)
-        model = served_model_name or config.model
-        app = create_app(worker, model=model, api_key=api_key)
+        worker = EngineWorker(engine, max_queue_size)
+        names = tuple(served_model_names) or (config.model,)
+        app = create_app(worker, names=names, api_key=api_key, max_body_bytes=max_body_bytes)
         settings = uvicorn.Config(
             app,
             log_level="info" if access_log else "warning",
@@ -205,15 +225,29 @@ def serve(
             lifespan="on",
         )
         precision = str(engine.model.dtype).removeprefix("torch.")
-        ready = f"{model} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
+        ready = f"{names[0]} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
         try:
-            _AnnouncingServer(settings, ready).run(sockets=[listener])
+            with _terminable():
+                _AnnouncingServer(settings, ready).run(sockets=[listener])
         finally:
             worker.stop()  # a second Ctrl-C skips the app's own ending
     except KeyboardInterrupt:  # uvicorn raises it again once all is closed
         pass
     finally:
         listener.close()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does: uvicorn raises the signal again once all is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _AnnouncingServer(uvicorn.Server):

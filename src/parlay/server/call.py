@@ -40,7 +40,10 @@ class AnswerForm(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was understood and tokenised."""
+    """A call that was understood and tokenised.
+
+    `prompt_only` asks for nothing but the prompt and its scores: `max_tokens` is 0.
+    """
 
     id: str
     created: int
@@ -49,6 +52,7 @@ class Call:
     form: AnswerForm
     stream: bool
     include_usage: bool
+    prompt_only: bool
 
     @classmethod
     def prepare(
@@ -63,28 +67,49 @@ class Call:
             form=form,
             stream=bool(wish.stream),
             include_usage=bool(options and options.include_usage),
+            prompt_only=wish.max_tokens == 0,
         )
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
 
+    @property
+    def num_choices(self) -> int:
+        return sum(request.params.n for request in self.requests)
+
     def first_indices(self) -> Mapping[str, int]:
         """The index of each request's first choice among all choices of the call."""
         return {request.id: number * request.params.n for number, request in enumerate(self.requests)}
+
+    def visible(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
+        """What the client gets of these deltas."""
+        if not self.prompt_only:
+            return deltas
+        return [
+            Delta(
+                delta.request_id,
+                delta.choice,
+                text="",
+                tokens=(),
+                prompt_logprobs=delta.prompt_logprobs,
+                finish_reason="length" if delta.finish_reason else None,
+            )
+            for delta in deltas
+        ]
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def check_model(asked: str | None, served: str) -> None:
-    """Refuses another model than the one served; who names none gets that one.
+def check_model(asked: str | None, names: Sequence[str]) -> None:
+    """Refuses another model than the one served, which may have several names; who asks for none gets that one.
 
     Raises:
         ApiError: 404, as OpenAI does.
     """
-    if asked is not None and asked != served:
-        message = f"model: this server has {served!r}, not {asked!r}"
+    if asked is not None and asked not in names:
+        message = f"model: this server has {' and '.join(map(repr, names))}, not {asked!r}"
         raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ _TOKENIZER_OPTIONS = frozenset((
 ))  # fmt: skip
 
 
-def prepare_chat(body: bytes, engine: ServingEngine, model: str) -> Call:
+def prepare_chat(body: bytes, engine: ServingEngine, names: Sequence[str]) -> Call:
     """Reads, checks and tokenises a chat call; slow for long prompts, so never on the event loop.
 
     Raises:
@@ -26,13 +27,13 @@ def prepare_chat(body: bytes, engine: ServingEngine, model: str) -> Call:
         ApiError: for another model's name.
     """
     wish = parse(ChatCompletionRequest, body)
-    check_model(wish.model, model)
+    check_model(wish.model, names)
     params = _sampling_params(wish)
     messages = [_template_message(message, f"messages[{number}]") for number, message in enumerate(wish.messages)]
     prompt = engine.tokenizer.apply_chat_template(messages, **_template_options(wish))
     id = new_id("chatcmpl")
     form = ChatForm(engine.tokenizer, logprobs=params.logprobs is not None)
-    return Call.prepare(id, model, wish, new_requests(id, [prompt], params), form)
+    return Call.prepare(id, names[0], wish, new_requests(id, [prompt], params), form)
 
 
 @dataclass(frozen=True, slots=True)

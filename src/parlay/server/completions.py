@@ -12,7 +12,7 @@ from parlay.server.schema import CompletionRequest, parse
 from parlay.types import Delta, InvalidRequest, Request, SamplingParams
 
 
-def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
+def prepare_completion(body: bytes, engine: ServingEngine, names: Sequence[str]) -> Call:
     """Reads, checks and tokenises a completion call; slow for long prompts, so never on the event loop.
 
     Raises:
@@ -20,13 +20,13 @@ def prepare_completion(body: bytes, engine: ServingEngine, model: str) -> Call:
         ApiError: for another model's name.
     """
     wish = parse(CompletionRequest, body)
-    check_model(wish.model, model)
+    check_model(wish.model, names)
     params = _sampling_params(wish)
     prompts = _tokenise(wish, engine.tokenizer)
     id = new_id("cmpl")
     requests = new_requests(id, prompts, params)
-    echoes = _echoes(wish, requests, engine.tokenizer) if wish.echo else None
-    return Call.prepare(id, model, wish, requests, CompletionForm(engine.tokenizer, params, echoes))
+    echoed = list(zip(_prompts(wish), requests, strict=True)) if wish.echo else None
+    return Call.prepare(id, names[0], wish, requests, CompletionForm(engine.tokenizer, params, echoed))
 
 
 class CompletionForm:
@@ -36,20 +36,21 @@ class CompletionForm:
     chunk_kind = "text_completion"
 
     def __init__(
-        self, tokenizer: ServingTokenizer, params: SamplingParams, echoes: Sequence[tuple[Sequence[int], str]] | None
+        self,
+        tokenizer: ServingTokenizer,
+        params: SamplingParams,
+        echoed: Sequence[tuple[str | list[int], Request]] | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._params = params
-        self._echoes = echoes  # the first token, which nothing predicted, and the text of each prompt
+        self._echoed = echoed  # each prompt as it was written, and its request
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         return self.chunk(index, whole, first=True)
 
     def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
-        unscored, prompt = (), ""
-        if first and self._echoes is not None:
-            unscored, prompt = self._echoes[index // self._params.n]
+        unscored, prompt = self._echo(index // self._params.n) if first else ((), "")
         return {
             "index": index,
             "text": prompt + delta.text,
@@ -61,6 +62,15 @@ class CompletionForm:
     def shows(self, delta: Delta) -> bool:
         scored = self._params.logprobs is not None and (delta.logprobs or delta.prompt_logprobs)
         return bool(delta.text or delta.finish_reason or scored)
+
+    def _echo(self, number: int) -> tuple[Sequence[int], str]:
+        """The first token, which nothing predicted, and the text of a prompt that is to be echoed."""
+        if self._echoed is None:
+            return (), ""
+        prompt, request = self._echoed[number]
+        if not isinstance(prompt, str):  # tokens that the engine has found to be in its vocabulary
+            prompt = self._tokenizer.decode(prompt, skip_special_tokens=self._params.skip_special_tokens)
+        return request.prompt[:1], prompt
 
     def _scored(self, index: int, delta: Delta, unscored: Sequence[int]) -> dict[str, Any] | None:
         if self._params.logprobs is None:
@@ -75,7 +85,10 @@ def _sampling_params(wish: CompletionRequest) -> SamplingParams:
     if wish.echo and wish.stream and wish.logprobs is not None and (wish.n or 1) > 1:
         # The engine scores a prompt once, with its first choice; the others would have to wait for that.
         raise InvalidRequest("n: must be 1 when a prompt is echoed with logprobs in a stream", "n")
-    read: dict[str, Any] = {} if wish.max_tokens is None else {"max_tokens": wish.max_tokens}
+    if wish.max_tokens == 0 and (not wish.echo or wish.min_tokens):
+        raise InvalidRequest("max_tokens: must be 1 or more; 0 is for a prompt alone, with echo", "max_tokens")
+    # The engine always goes on for a token; the call keeps it to itself.
+    read: dict[str, Any] = {} if wish.max_tokens is None else {"max_tokens": wish.max_tokens or 1}
     return wish.sampling_params(logprobs=wish.logprobs, prompt_logprobs=wish.logprobs if wish.echo else None, **read)
 
 
@@ -96,16 +109,3 @@ def _prompts(wish: CompletionRequest) -> Sequence[str | list[int]]:
             return [[token for token in tokens if isinstance(token, int)]]
         case several:
             return [prompt for prompt in several if not isinstance(prompt, int)]
-
-
-def _echoes(
-    wish: CompletionRequest, requests: Sequence[Request], tokenizer: ServingTokenizer
-) -> list[tuple[Sequence[int], str]]:
-    def text(prompt: str | list[int], request: Request) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return tokenizer.decode(prompt, skip_special_tokens=request.params.skip_special_tokens)
-
-    return [
-        (request.prompt[:1], text(prompt, request)) for prompt, request in zip(_prompts(wish), requests, strict=True)
-    ]

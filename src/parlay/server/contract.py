@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from parlay.types import Delta, Request
+from parlay.types import Delta, EngineStatus, Request
 
 
 class ServingTokenizer(Protocol):
@@ -23,7 +23,10 @@ class ServingTokenizer(Protocol):
 
 
 class ServingEngine(Protocol):
-    """Takes requests and turns them into deltas, one step at a time; used from one thread only."""
+    """Takes requests and turns them into deltas, one step at a time; used from one thread only.
+
+    `status` is called after every step, so it must be cheap.
+    """
 
     @property
     def tokenizer(self) -> ServingTokenizer: ...
@@ -39,3 +42,5 @@ class ServingEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def step(self) -> list[Delta]: ...
+
+    def status(self) -> EngineStatus: ...

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from parlay.server.admission import QueueFull
 from parlay.server.worker import EngineFailed, ShuttingDown
 from parlay.types import InvalidRequest
 
@@ -48,6 +49,14 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case InvalidRequest():
             return ApiError(HTTPStatus.BAD_REQUEST, error.message, param=error.param, code=error.code)
+        case QueueFull(retry_after=seconds):
+            return ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                str(error),
+                type="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": str(seconds)},
+            )
         case ShuttingDown():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), type="server_error", code="shutting_down")
         case EngineFailed():
@@ -60,7 +69,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Makes `app` answer every exception in the OpenAI shape."""
-    for kind in (ApiError, InvalidRequest, EngineFailed, Exception):
+    for kind in (ApiError, InvalidRequest, QueueFull, EngineFailed, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_routing)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)

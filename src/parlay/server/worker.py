@@ -11,11 +11,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
+from parlay.server.admission import QueueFull, QueueLimit
 from parlay.server.contract import ServingEngine
 from parlay.types import Delta, InvalidRequest, Request
+
+MAX_QUEUE_SIZE = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +34,34 @@ class ShuttingDown(EngineFailed):
         super().__init__("the server is shutting down")
 
 
+class Watcher(Protocol):
+    """Sees what happens to the requests of one admitted call as it happens, on the event loop."""
+
+    def arrive(self, deltas: Sequence[Delta]) -> None: ...
+
+    def end(self, failed: bool) -> None:
+        """Nothing more will arrive; called at least once."""
+        ...
+
+
 class Generation:
     """What comes back for the requests of one HTTP call: an asynchronous iterator of deltas, step by step.
 
     Whoever got it calls `close`, which frees everything the requests hold in the engine.
     """
 
-    def __init__(self, requests: Sequence[Request], release: Callable[[Sequence[Request]], None]) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        release: Callable[[Sequence[Request]], None],
+        watcher: Watcher | None = None,
+    ) -> None:
         self.requests = tuple(requests)
+        self._watcher = watcher
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._release = release
         self._arrivals: asyncio.Queue[Sequence[Delta] | EngineFailed] = asyncio.Queue()
-        self._unfinished = sum(request.params.n for request in requests)
+        self.num_choices = self._unfinished = sum(request.params.n for request in requests)
 
     def __aiter__(self) -> Self:
         return self
@@ -59,11 +78,18 @@ class Generation:
 
     def arrive(self, arrival: Sequence[Delta] | EngineFailed) -> None:
         """Takes the deltas of one step, or the end of all hope; runs on the event loop."""
+        if self._watcher is not None:
+            if isinstance(arrival, EngineFailed):
+                self._watcher.end(failed=True)
+            else:
+                self._watcher.arrive(arrival)
         self._arrivals.put_nowait(arrival)
 
     def close(self) -> None:
         """Aborts what is unfinished; harmless when all is finished."""
         self._release(self.requests)
+        if self._watcher is not None:
+            self._watcher.end(failed=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +108,18 @@ class _Stop:
 
 
 class EngineWorker:
-    """Runs an engine on a thread of its own for callers on an event loop."""
+    """Runs an engine on a thread of its own for callers on an event loop.
 
-    def __init__(self, engine: ServingEngine) -> None:
+    Args:
+        engine: What to run; the worker's from now on.
+        max_queue_size: Choices that may wait; see `parlay.server.admission.QueueLimit`.
+    """
+
+    def __init__(self, engine: ServingEngine, max_queue_size: int = MAX_QUEUE_SIZE) -> None:
         self.engine = engine
         self.failure: str | None = None  # why the engine is broken; set once, by the engine thread
+        self.status = engine.status()  # as of the last turn; replaced by the engine thread
+        self._queue_limit = QueueLimit(max_queue_size)  # the engine thread's
         self._commands: queue.SimpleQueue[_Add | _Release | _Stop] = queue.SimpleQueue()
         self._door = threading.Lock()  # nothing is added behind the last command, `_Stop`
         self._closing = False
@@ -108,14 +141,15 @@ class EngineWorker:
         if self._thread.ident is not None:
             self._thread.join()
 
-    async def submit(self, requests: Sequence[Request]) -> Generation:
-        """Admits all requests of one call, or none.
+    async def submit(self, requests: Sequence[Request], watcher: Watcher | None = None) -> Generation:
+        """Admits all requests of one call, or none; the watcher is told only of what is admitted.
 
         Raises:
             InvalidRequest: when the engine refuses one of them.
+            QueueFull: when too many wait already.
             EngineFailed: when the engine is broken or stopping.
         """
-        generation = Generation(requests, self._release)
+        generation = Generation(requests, self._release, watcher)
         with self._door:
             if self._closing:
                 raise ShuttingDown()
@@ -123,7 +157,7 @@ class EngineWorker:
         try:
             await generation.admitted
         except BaseException:
-            generation.close()
+            self._release(requests)
             raise
         return generation
 
@@ -139,6 +173,7 @@ class EngineWorker:
             except Exception as error:
                 logger.exception("the engine failed")
                 self.failure = f"the engine failed: {type(error).__name__}: {error}"
+                self.status = replace(self.status, running=0, waiting=0)
                 self._fail_live(lambda: EngineFailed(self.failure))
 
     def _turn(self) -> None:
@@ -153,8 +188,10 @@ class EngineWorker:
                     self._stopped = True
                     self._abort(self._fail_live(ShuttingDown))
                     return
-        if self._busy:
-            self._deliver(self.engine.step())
+        deltas = self.engine.step() if self._busy else ()
+        if self.failure is None:
+            self.status = self.engine.status()  # before anybody hears of the step, so that nobody finds it older
+        self._deliver(deltas)
 
     @property
     def _busy(self) -> bool:
@@ -174,12 +211,13 @@ class EngineWorker:
         if self.failure is not None:
             return self._tell(_refuse, generation, EngineFailed(self.failure))
         try:
+            self._queue_limit.check(self.engine.status(), generation.num_choices)
             for request in generation.requests:
                 self._live[request.id] = generation
                 self.engine.add(request)
         except Exception as error:
             self._abort(generation.requests)
-            if not isinstance(error, InvalidRequest):  # one odd request is no reason to fail all others
+            if not isinstance(error, InvalidRequest | QueueFull):  # one odd request is no reason to fail all others
                 logger.exception("the engine failed to take a request")
                 error = EngineFailed(f"the engine failed to take this request: {type(error).__name__}: {error}")
             self._tell(_refuse, generation, error)
@@ -192,6 +230,7 @@ class EngineWorker:
                 self.engine.abort(request.id)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
+        self._queue_limit.finished(sum(delta.finish_reason is not None for delta in deltas))
         mail: dict[Generation, list[Delta]] = {}
         for delta in deltas:
             if (generation := self._live.get(delta.request_id)) is not None:

@@ -1,0 +1,172 @@
+"""The commands that measure. torch is imported inside those that need it, so that help is instant."""
+
+# No `from __future__ import annotations` here: typer reads these annotations as objects.
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from parlay.config import Compile, EngineConfig
+from parlay.options import DEFAULT_MODEL, engine_config, takes
+from parlay.types import Speculation
+
+
+def demo(
+    model: Annotated[str, typer.Option("--model", "-m", help="What to serve.")] = DEFAULT_MODEL,
+    json_to: Annotated[
+        str | None,
+        typer.Option("--json", help="Also write the numbers to this file; - is standard output.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """See speculation at work: a real server, real requests, with and without guesses, in a few minutes."""
+    from parlay.bench.demo import run
+
+    run(model, json_to)
+
+
+def bench(
+    url: Annotated[str, typer.Option(help="The server.", rich_help_panel="Server")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Its model; by default the first it lists.", rich_help_panel="Server"),
+    ] = None,
+    endpoint: Annotated[
+        Literal["chat", "completions"],
+        typer.Option(help="Prompts as messages of a chat, or as plain text.", rich_help_panel="Server"),
+    ] = "chat",
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Bearer token to show.", rich_help_panel="Server", envvar="PARLAY_API_KEY"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts: JSON lines or a list, with prompt, messages, Spec-Bench's turns or ShareGPT's "
+            "conversations; or synthetic:INPUT,OUTPUT for so many random words and tokens. By default Parlay's own "
+            "prompts.",
+            metavar="FILE",
+            rich_help_panel="Load",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int, typer.Option(help="Requests; a set with fewer prompts starts over.", rich_help_panel="Load", min=1)
+    ] = 64,
+    rate: Annotated[
+        str,
+        typer.Option(help="Requests per second, at random times; inf sends all at once.", rich_help_panel="Load"),
+    ] = "inf",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Most requests in flight; by default no limit.", rich_help_panel="Load", min=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes arrivals and prompts.", rich_help_panel="Load")] = 0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until a request counts as failed.", rich_help_panel="Load", min=0.001)
+    ] = 600,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Output limit of a request; by default that of synthetic:INPUT,OUTPUT, or 128.",
+            rich_help_panel="Requests",
+            min=1,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token each time.", rich_help_panel="Requests", min=0)
+    ] = 0.0,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Go on to the limit, on servers that know this.", rich_help_panel="Requests"),
+    ] = False,
+    speculation: Annotated[
+        Speculation | None,
+        typer.Option(help="How to bet; only Parlay knows this.", rich_help_panel="Requests"),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            help="Also count the requests within these limits, as ttft:500ms,tpot:50ms,e2e:5s.",
+            metavar="LIMITS",
+            rich_help_panel="Report",
+        ),
+    ] = None,
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            help="Also write settings, summary and every request to this file; - is standard output.",
+            metavar="FILE",
+            rich_help_panel="Report",
+        ),
+    ] = None,
+) -> None:
+    """Measure any OpenAI-compatible server under load: latency, throughput, failures."""
+    from parlay.bench.online import run
+
+    code = run(
+        url=url,
+        model=model,
+        endpoint=endpoint,
+        api_key=api_key,
+        dataset=dataset,
+        rate=rate,
+        concurrency=concurrency,
+        num_prompts=num_prompts,
+        seed=seed,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        speculation=speculation,
+        slo=slo,
+        timeout=timeout,
+        json_to=json_to,
+    )
+    raise typer.Exit(code)
+
+
+@takes(engine_config)
+def profile(
+    config: EngineConfig,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Requests at a time, may be repeated; by default 1, 4, 16.", rich_help_panel="Profile", min=1
+        ),
+    ] = None,
+    choice: Annotated[
+        Literal["greedy", "sampled", "both"], typer.Option(help="How tokens are chosen.", rich_help_panel="Profile")
+    ] = "both",
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, as for bench; by default Parlay's own.", metavar="FILE", rich_help_panel="Profile"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per request.", rich_help_panel="Profile", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Times each case is run.", rich_help_panel="Profile", min=1)] = 3,
+    compile: Annotated[
+        Compile,
+        typer.Option(help="Compile the model's layers first, or never.", rich_help_panel="Profile"),
+    ] = "wait",
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            help="Also write the numbers to this file; - is standard output.",
+            metavar="FILE",
+            rich_help_panel="Profile",
+        ),
+    ] = None,
+) -> None:
+    """See where the time of a decoding step goes: scheduling, planning, guessing, verifying and the rest."""
+    from parlay.bench.profiling import run
+
+    run(
+        dataclasses.replace(config, compile=compile),
+        rows=rows or (1, 4, 16),
+        choice=choice,
+        dataset=dataset,
+        max_tokens=max_tokens,
+        repeats=repeats,
+        json_to=json_to,
+    )
