@@ -97,7 +97,8 @@ def main() -> None:
     captured = environment.capture()
     most = max(options.batches)
     prompts = load_pieces(most, options.prompt_tokens)
-    limits = Limits(options.threads, most, options.prompt_tokens + options.tokens, most * options.prompt_tokens)
+    context = options.prompt_tokens + max(options.tokens, TRIAL_TOKENS)
+    limits = Limits(options.threads, most, context, budget=most * options.prompt_tokens)
     with ExitStack() as stack:
         team = Team(stack, limits, prompts)
         for peer in (PEERS[name] for name in options.peers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import llama_cpp as llama
 import numpy as np
@@ -106,7 +107,15 @@ def load(options: Options) -> Loaded:
                 tokens.append(token)
         return made
 
-    return Loaded(decode, PRECISIONS[options.variant], versions(("llama-cpp-python", "numpy")), context.settings)
+    packages = {"ggml": ggml_version(), **versions(("llama-cpp-python", "numpy"))}
+    return Loaded(decode, PRECISIONS[options.variant], packages, context.settings)
+
+
+def ggml_version() -> str:
+    """Of llama.cpp's tensor library, which tells more than the version of the Python package around it."""
+    library = ctypes.CDLL(str(Path(llama.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_version.restype = ctypes.c_char_p
+    return library.ggml_version().decode()
 
 
 if __name__ == "__main__":
