@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -99,6 +101,8 @@ def main() -> None:
     prompts = load_pieces(most, options.prompt_tokens)
     context = options.prompt_tokens + max(options.tokens, TRIAL_TOKENS)
     limits = Limits(options.threads, most, context, budget=most * options.prompt_tokens)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("stopped"))  # by way of the stack, which ends stopped workers too
     with ExitStack() as stack:
         team = Team(stack, limits, prompts)
         for peer in (PEERS[name] for name in options.peers):
