@@ -74,8 +74,7 @@ pinned() { grep -E "^$1==" "$ROOT/constraints.txt"; }
 
 mkdir -p "$PEERS/models"
 for name in ${*:-$ALL}; do
-    case " $ALL " in
-    *" $name "*) "setup_$name" && say "$name: ready" ;;
-    *) say "there is no peer $name; there are: $ALL"; exit 2 ;;
-    esac
+    [[ " $ALL " == *" $name "* ]] || { say "there is no peer $name; there are: $ALL"; exit 2; }
+    "setup_$name" # on a line of its own, since a failure within && or || would not end the script
+    say "$name: ready"
 done
