@@ -48,16 +48,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Guessing against not guessing, tokens per second over all requests of a category."""
+    """Guessing against not guessing, tokens per second over all requests of a category.
+
+    What tells of decoding is None where no request went on after its first tokens.
+    """
 
     category: str
     requests: int
     prompt_tokens: float  # the mean
     tokens_per_step: float
-    decode_off: float
-    decode_guessed: float
-    decode_ratio: float  # above 1: guessing is faster
-    median_ratio: float  # of the requests' own ratios
+    decode_off: float | None
+    decode_guessed: float | None
+    decode_ratio: float | None  # above 1: guessing is faster
+    median_ratio: float | None  # of the requests' own ratios
     whole_off: float
     whole_guessed: float
     whole_ratio: float
@@ -148,6 +151,7 @@ def answer(engine: Engine, prompt: tuple[int, ...], arm: Speculation, max_tokens
 def gain(category: str, pairs: Sequence[Pair]) -> Gain:
     """Sums up requests; a category's speed is its tokens over its requests' own time."""
     off, guessed = [pair.off for pair in pairs], [pair.guessed for pair in pairs]
+    ratios = [ratio for p in pairs if (ratio := _decode_ratio([p.off], [p.guessed])) is not None]
     return Gain(
         category=category,
         requests=len(pairs),
@@ -155,8 +159,8 @@ def gain(category: str, pairs: Sequence[Pair]) -> Gain:
         tokens_per_step=sum(len(each.tokens) for each in guessed) / sum(each.steps for each in guessed),
         decode_off=_decoding(off),
         decode_guessed=_decoding(guessed),
-        decode_ratio=_decoding(guessed) / _decoding(off),
-        median_ratio=statistics.median(_decoding([p.guessed]) / _decoding([p.off]) for p in pairs if _decodes(p)),
+        decode_ratio=_decode_ratio(off, guessed),
+        median_ratio=statistics.median(ratios) if ratios else None,
         whole_off=_whole(off),
         whole_guessed=_whole(guessed),
         whole_ratio=_whole(guessed) / _whole(off),
@@ -164,15 +168,15 @@ def gain(category: str, pairs: Sequence[Pair]) -> Gain:
     )
 
 
-def _decodes(pair: Pair) -> bool:
-    """Whether both answers went on after their first tokens."""
-    return all(len(each.tokens) > each.first_tokens for each in (pair.off, pair.guessed))
+def _decode_ratio(off: Sequence[Answer], guessed: Sequence[Answer]) -> float | None:
+    before, after = _decoding(off), _decoding(guessed)
+    return None if before is None or after is None else after / before
 
 
-def _decoding(answers: Iterable[Answer]) -> float:
-    """Tokens per second after the first."""
-    answers = list(answers)
-    return sum(len(a.tokens) - a.first_tokens for a in answers) / sum(a.whole - a.first for a in answers)
+def _decoding(answers: Sequence[Answer]) -> float | None:
+    """Tokens per second after the first ones; None where nothing came after them."""
+    made = sum(len(a.tokens) - a.first_tokens for a in answers)
+    return made / sum(a.whole - a.first for a in answers) if made else None
 
 
 def _whole(answers: Iterable[Answer]) -> float:
@@ -193,10 +197,10 @@ def show(result: LookupSpeed) -> None:
             g.requests,
             f"{g.prompt_tokens:.0f}",
             f"{g.tokens_per_step:.2f}",
-            f"{g.decode_off:.1f}",
-            f"{g.decode_guessed:.1f}",
-            f"{g.decode_ratio:.2f}x",
-            f"{g.median_ratio:.2f}x",
+            _text(g.decode_off, ".1f"),
+            _text(g.decode_guessed, ".1f"),
+            _text(g.decode_ratio, ".2f", "x"),
+            _text(g.median_ratio, ".2f", "x"),
             f"{g.whole_off:.1f}",
             f"{g.whole_guessed:.1f}",
             f"{g.whole_ratio:.2f}x",
@@ -206,9 +210,15 @@ def show(result: LookupSpeed) -> None:
     )
     title = f"{result.model}, {result.dtype}, {result.dataset}: prompt lookup of {result.depth}, one request at a time"
     console.print(table(title, columns, rows))
-    ratio = result.gains[0].decode_ratio
+    if (ratio := result.gains[0].decode_ratio) is None:
+        console.print("no request went on after its first tokens: raise --max-tokens", highlight=False)
+        return
     verdict = "met" if ratio >= BAR else "missed"
     console.print(f"tokens/s over off, all together: {ratio:.2f}x (bar: >= {BAR}x, {verdict})", highlight=False)
+
+
+def _text(value: float | None, spec: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{spec}}{unit}"
 
 
 if __name__ == "__main__":

@@ -20,14 +20,16 @@ import torch
 from parlay.bench import environment, report
 from parlay.bench.offline import drive
 from parlay.bench.report import Spread, progress
-from parlay.bench.steps import Case, CaseResult, Tokens, step_table, summarise, time_cases
+from parlay.bench.steps import Case, CaseResult, Tokens, prompts_used, step_table, summarise, time_cases
 from parlay.bench.workloads import encode, load_prompts
 from parlay.config import EngineConfig
 from parlay.engine.checkpoint import load, resolve
 from parlay.engine.engine import Engine
+from parlay.engine.products import PackedLinear
 from parlay.types import Speculation
 
-HOST_BAR = 0.15  # of a step of MOST_ROWS rows may go to anything but verification
+HOST_BAR = 0.12  # of a step of MOST_ROWS rows may go to anything but verification
+SAMPLING_BAR = 0.15  # and to choosing tokens
 SCALING_BAR = 6.0  # times the throughput of one request
 MOST_ROWS = 16
 METHODS: dict[Speculation, str] = {"off": "off", "auto": "prompt lookup"}
@@ -55,6 +57,7 @@ class StepTimes:
     repeats: int
     cases: tuple[CaseResult, ...]
     scaling: float | None  # plain greedy throughput of the most rows over that of one
+    products: dict[int, float] | None  # by rows: milliseconds of a step's matrix products alone; None on a GPU
     versus: Versus | None
 
 
@@ -64,21 +67,25 @@ def main() -> None:
     cases = [Case(rows, method, sampled) for rows in options.rows for method in METHODS for sampled in (False, True)]
     config = EngineConfig(options.model, dtype=options.dtype, compile="wait")
     engine = Engine(config)
-    prompts = encode(load_prompts(options.dataset), engine.tokenizer)
+    comparisons = max(5, options.repeats)
+    used = max(prompts_used(cases, options.repeats), comparisons)
+    prompts = encode(load_prompts(options.dataset, used), engine.tokenizer)
     with progress("timing steps", options.repeats * len(cases)) as advance:
         steps = time_cases(engine, prompts, cases, options.max_tokens, options.repeats, advance)
+    products = time_products(engine, (1, MOST_ROWS), 4 * options.repeats)
     versus = None
     if not options.no_transformers:
         del engine
         engine = Engine(replace(config, prefix_caching=False))  # both programs read every prompt
-        versus = compare(engine, options.model, prompts, options.max_tokens, max(5, options.repeats))
+        versus = compare(engine, options.model, prompts, options.max_tokens, comparisons)
     try:
         summaries = tuple(summarise(case, steps[case]) for case in cases)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     dtype = str(engine.model.dtype).removeprefix("torch.")
     model = environment.portable(options.model)
-    result = StepTimes(model, dtype, options.max_tokens, options.repeats, summaries, scaling(summaries), versus)
+    factor = scaling(summaries)
+    result = StepTimes(model, dtype, options.max_tokens, options.repeats, summaries, factor, products, versus)
     environment.write_json(options.json, captured, result)
     show(result)
 
@@ -104,6 +111,26 @@ def scaling(cases: Iterable[CaseResult]) -> float | None:
     """Plain greedy throughput of the most rows over that of one; None where one of them was not measured."""
     plain = {c.case.rows: c.tokens_per_second.median for c in cases if c.tokens_per_second and not c.case.sampled}
     return plain[MOST_ROWS] / plain[1] if {1, MOST_ROWS} <= plain.keys() else None
+
+
+@torch.inference_mode()
+def time_products(engine: Engine, rows: Sequence[int], repeats: int) -> dict[int, float] | None:
+    """Median milliseconds of all packed products of a step, by rows: what would be left if all else took no time."""
+    layers = [layer for layer in engine.model.segments.model.modules() if isinstance(layer, PackedLinear)]
+    if not layers:
+        return None
+    inputs = {
+        count: [torch.randn(count, layer.weight.shape[1], dtype=engine.model.dtype) for layer in layers]
+        for count in rows
+    }
+    seconds: dict[int, list[float]] = {count: [] for count in rows}
+    for _ in range(repeats):
+        for count in rows:
+            began = time.perf_counter()
+            for layer, x in zip(layers, inputs[count], strict=True):
+                layer(x)
+            seconds[count].append(time.perf_counter() - began)
+    return {count: 1000 * statistics.median(some) for count, some in seconds.items()}
 
 
 def compare(engine: Engine, model: str, prompts: Sequence[Tokens], new_tokens: int, repeats: int) -> Versus:
@@ -175,9 +202,18 @@ def verdicts(result: StepTimes) -> Iterable[str]:
         worst = max(c.others_share for c in busiest)
         bar = f"(bar: <= {HOST_BAR:.0%}, {met(worst <= HOST_BAR)})"
         yield f"all but verify at {MOST_ROWS} rows: at most {worst:.1%} {bar}"
+        choosing = max(c.parts["accept"] / c.milliseconds for c in busiest if c.case.sampled)
+        bar = f"(bar: <= {SAMPLING_BAR:.0%}, {met(choosing <= SAMPLING_BAR)})"
+        yield f"choosing tokens in a sampled step of {MOST_ROWS} rows: at most {choosing:.1%} {bar}"
     if result.scaling is not None:
         bar = f"(bar: >= {SCALING_BAR:.0f}x, {met(result.scaling >= SCALING_BAR)})"
         yield f"plain decode throughput at {MOST_ROWS} over 1: {result.scaling:.1f}x {bar}"
+    if result.products is not None:
+        one, many = result.products[1], result.products[MOST_ROWS]
+        yield (
+            f"matrix products alone: {one:.1f} ms for 1 row and {many:.1f} ms for {MOST_ROWS}, so that it would be "
+            f"{MOST_ROWS * one / many:.1f}x if all else took no time"
+        )
     if (versus := result.versus) is not None:
         yield (
             f"plain decoding, one request of {versus.new_tokens} new tokens, against transformers.generate: "

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import httpx
 import openai
-import uvicorn
 
 from parlay.server.app import create_app
 from parlay.server.contract import ServingEngine
+from parlay.server.graceful import GracefulServer
 from parlay.server.worker import EngineWorker
 
 MODEL = "tiny"
@@ -50,35 +50,29 @@ class Server:
 def serving(
     engine: ServingEngine,
     *,
-    grace: int = 10,
+    grace: float = 10,
     max_queue_size: int = 1024,
     aliases: Sequence[str] = (),
     **options: object,
 ) -> Iterator[Server]:
-    """Serves `engine` on a free loopback port; `options` go to `create_app`."""
+    """Serves `engine` on a free loopback port; `options` go to `create_app`.
+
+    `grace` is in seconds.
+    """
     worker = EngineWorker(engine, max_queue_size)
     app = create_app(worker, names=[MODEL, *aliases], **options)  # pyright: ignore[reportArgumentType]
-    settings = uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace)
-    server = _Server(settings)
+    up = threading.Event()
+    server = GracefulServer(app, worker, grace_seconds=grace, announce=up.set, log_config=None)
+
+    def stop() -> None:
+        server.should_exit = True
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
         thread.start()
         try:
-            assert server.up.wait(60)
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", worker, server.ask_exit)
+            assert up.wait(60)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", worker, stop)
         finally:
-            server.ask_exit()
+            stop()
             thread.join()
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.up.set()
-
-    def ask_exit(self) -> None:
-        self.should_exit = True

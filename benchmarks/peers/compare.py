@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -195,11 +195,15 @@ def take_turn(worker: Worker, prompts: Sequence[Prompt], max_tokens: int) -> Tur
 def take_turns(
     workers: Sequence[Worker], prompts: Sequence[Prompt], batches: Sequence[int], max_tokens: int, repeats: int
 ) -> dict[tuple[str, int], list[Turn]]:
-    """Every worker at every batch, in an order that rotates; by engine and batch."""
+    """Every worker at every batch, in an order that rotates from batch to batch and from repeat to repeat.
+
+    Returns:
+        The turns by engine and batch.
+    """
     turns: dict[tuple[str, int], list[Turn]] = {(str(w.about), batch): [] for w in workers for batch in batches}
     with progress("decoding", repeats * len(batches) * len(workers)) as advance:
-        for number, batch in enumerate(batch for _ in range(repeats) for batch in batches):
-            first = number % len(workers)
+        for repeat, (place, batch) in product(range(repeats), enumerate(batches)):
+            first = (repeat + place) % len(workers)
             for worker in (*workers[first:], *workers[:first]):
                 turns[str(worker.about), batch].append(take_turn(worker, prompts[:batch], max_tokens))
                 advance()

@@ -145,7 +145,7 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    arrival: float = 0.0  # seconds on time.perf_counter's clock
+    arrival: float = 0.0  # the end of tokenisation, in seconds on time.perf_counter's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +302,7 @@ class Delta:
     """What one choice of one request gained in a step: the unit of streaming.
 
     `method` is the drafter whose guesses were verified, None where there were none. `queued` is the time in seconds
-    from the request's arrival to the step in which the choice first ran.
+    from the end of tokenisation, which is the request's `arrival`, to the choice's first step.
     """
 
     request_id: str
@@ -328,7 +328,8 @@ class EngineStatus:
         waiting: Choices that do not run yet, or not again after a preemption.
         kv_usage: Share of the KV pages that live choices hold, from 0 to 1.
         preemptions: Choices that lost their pages to others, since the start.
-        prefix_queries: Tokens that were looked up among published pages, since the start.
+        prefix_queries: Tokens that were looked up among published pages, since the start. Choices that take over the
+            prompt of their request's first choice look nothing up.
         prefix_hits: Those of them that were found, and so were not computed again.
     """
 

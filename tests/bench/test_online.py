@@ -142,6 +142,14 @@ def test_json_goes_to_a_file(echo: Server, tmp_path: Path) -> None:
     assert "different prompts" in answer.stdout
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_load(tmp_path: Path) -> None:
+    with scripted([b"data: [DONE]\n\n"]) as server:
+        answer = bench("--url", server.url, "-m", "m", "--num-prompts", "1", "--json", str(tmp_path))
+    assert answer.exit_code == 2
+    assert "Is a directory; name a file that can be written" in answer.stderr
+    assert server.bodies == []
+
+
 def test_refusals_are_counted_and_fail_when_all_are(echo: Server) -> None:
     answer = bench("--url", echo.url, "--num-prompts", "4", "--dataset", "synthetic:300", "--max-tokens", "1")
     assert answer.exit_code == 1

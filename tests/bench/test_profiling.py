@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from parlay.bench.steps import Case, Step, summarise
+from parlay.bench.steps import Case, Step, prompts_used, summarise
 from parlay.cli import app
 from tests.tiny import make_tiny_llama
 
@@ -65,10 +65,28 @@ def test_rows_must_fit_into_a_step(model: str) -> None:
     assert answer.stderr == "error: rows: 5 is more than --max-num-seqs 4; raise that\n"
 
 
+def test_rows_must_fit_into_the_token_budget(model: str) -> None:
+    answer = profile(model, "--rows", "16", "--max-num-batched-tokens", "8")
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("error: max_num_batched_tokens: must be at least max_num_seqs")
+
+
+def test_only_prompts_that_are_timed_are_read(model: str, tmp_path: Path) -> None:
+    lines = ["one sea", "two seas", "the other " * 1000]  # the last one is longer than the context
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    answer = profile(model, "--rows", "2", "--choice", "greedy", "--dataset", str(data))
+    assert answer.exit_code == 0, answer.output
+    cases = [Case(rows, "off", False) for rows in (1, 4)]
+    assert (prompts_used(cases, 1), prompts_used(cases, 3)) == (4, 6)
+
+
 def test_a_case_without_steps_is_no_result() -> None:
     case = Case(2, "off", False)
-    with pytest.raises(ValueError, match="no step had 2 decoding rows"):
+    with pytest.raises(ValueError, match="no step had 2 decoding rows") as raised:
         summarise(case, [[], []])
+    for remedy in ("--max-tokens", "--max-num-batched-tokens", "--kv-cache-memory"):
+        assert remedy in str(raised.value)
 
 
 def test_medians_and_shares_of_steps() -> None:

@@ -107,6 +107,8 @@ def test_objectives() -> None:
     assert objectives == {"ttft": 0.5, "tpot": 0.05, "e2e": 2.0}
     assert meets({"ttft": 0.5, "tpot": None, "e2e": 1.0}, objectives)
     assert not meets({"ttft": 0.51, "tpot": None, "e2e": 1.0}, objectives)
+    assert not meets({"ttft": None, "tpot": None, "e2e": 1.0}, objectives)
+    assert meets({"ttft": None, "tpot": None, "e2e": 1.0}, {"e2e": 2.0, "tpot": 0.05})
 
 
 @pytest.mark.parametrize("text", ["ttft", "ttft:500", "speed:3s", "ttft:5s,", "ttft:-1s"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from parlay.config import Compile, EngineConfig
+from parlay.engine import self_check
+from parlay.engine.attention import UnsupportedModel, current_step
 from parlay.engine.checkpoint import cache_dir
 from parlay.engine.compiled import LayerProgram, Noted
 from parlay.engine.engine import Engine
+from parlay.engine.path_attention import PathAttention
 from parlay.engine.segments import Program
 from parlay.types import Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model
@@ -105,7 +109,46 @@ def test_programs_that_compute_something_else_are_refused(
 
     monkeypatch.setattr(LayerProgram, "__call__", wrong)
     assert not any(programs(engine_of(compiled, "cached")))
-    assert "compiled, differs by" in caplog.text
+    assert "the output of layer 0, compiled, differs by" in caplog.text
+
+
+def test_programs_that_keep_other_kv_are_refused(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = LayerProgram.__call__
+
+    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor | None:
+        out = honest(program, hidden, noted)
+        step = current_step()
+        assert isinstance(step, PathAttention)
+        if program._index == 0:
+            step.kv.slots[0][step.paths.slots] *= 1.001
+        return out
+
+    monkeypatch.setattr(LayerProgram, "__call__", wrong)
+    assert not any(programs(engine_of(compiled, "cached")))
+    assert "the KV of layer 0, compiled, differs by" in caplog.text
+
+
+def test_the_check_notices_a_layer_that_adds_nothing_to_large_states() -> None:
+    """In bfloat16, beside numbers so large that their own rounding hides what layers add to them."""
+    before = torch.randn(3, 64).to(torch.bfloat16)
+    before[:, 5] = 3000
+    after = before + torch.randn(3, 64).to(torch.bfloat16)
+    self_check._require_close("the output", 0, after, after, before)
+    with pytest.raises(UnsupportedModel, match="compiled, differs"):
+        self_check._require_close("the output", 0, before, after, before)
+
+
+def test_programs_that_fail_harm_nobody(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
+        raise RuntimeError("the program stumbled")
+
+    monkeypatch.setattr(LayerProgram, "__call__", fail)
+    assert not any(programs(engine_of(compiled, "cached")))
+    assert "the program stumbled" in caplog.text
 
 
 def test_a_broken_package_is_removed(compiled: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,6 +179,26 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
     assert not any(programs(engine_of(llama, "wait")))
     assert "the layers cannot be compiled" in caplog.text
+
+
+def test_a_full_disk_harms_nobody(
+    llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def save(program: object, path: Path) -> None:
+        path.write_bytes(b"as much as fits")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    engine = engine_of(llama, "wait", page_size=2)
+    assert not any(programs(engine))
+    assert "No space left" in caplog.text
+    assert answer(engine)
+    assert not list((cache / "compiled").glob("*.exported*"))
+
+
+def test_programs_of_another_version_are_left_alone(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    assert not any(programs(engine_of(compiled, "cached")))
 
 
 @pytest.mark.slow

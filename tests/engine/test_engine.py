@@ -101,8 +101,11 @@ def test_the_status_counts_choices_pages_and_prefixes(folder: Path) -> None:
     assert (status.running, status.waiting, status.prefix_queries, status.prefix_hits) == (1, 2, 30, 0)
     assert status.kv_usage == pytest.approx(8 / engine.scheduler.blocks.num_pages)
     finish(engine)
-    # The other two choices compute the last token of the prompt only.
-    assert engine.status() == EngineStatus(slots=2, prefix_queries=90, prefix_hits=58)
+    # The other two choices take over the first one's pages, and look nothing up.
+    assert engine.status() == EngineStatus(slots=2, prefix_queries=30)
+    engine.add(Request("again", prompt, SamplingParams(max_tokens=1)))
+    finish(engine)
+    assert engine.status() == EngineStatus(slots=2, prefix_queries=60, prefix_hits=28)
 
 
 def test_guesses_shrink_when_pages_are_short_and_preempt_nobody(folder: Path) -> None:

@@ -57,9 +57,11 @@ def test_processing_agrees_with_transformers(
     torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-9, atol=1e-12)
 
 
-def test_lines_are_processed_by_their_own_parameters() -> None:
-    logits = logits_of(1, lines=4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lines_are_processed_by_their_own_parameters(dtype: torch.dtype) -> None:
+    logits = logits_of(1, lines=5).to(dtype)
     paths = [
+        Path(SamplingParams(top_k=2**70, temperature=0.5), (1,), ()),
         Path(SamplingParams(top_p=0.3), (1,), ()),
         Path(SamplingParams(temperature=0), (1,), ()),
         Path(SamplingParams(top_k=3, min_p=0.2), (1,), ()),
@@ -68,6 +70,9 @@ def test_lines_are_processed_by_their_own_parameters() -> None:
     together = process(logits, paths)
     for line, path in enumerate(paths):
         assert together[line].equal(process(logits[line : line + 1], [path])[0])
+    exact = process(logits.double(), paths)
+    assert together.isfinite().equal(exact.isfinite())
+    assert [int(count) for count in together.isfinite().sum(-1)][2:4] == [VOCAB, 3]
 
 
 def test_penalties_bias_and_forbidden_tokens() -> None:

@@ -6,8 +6,10 @@ Ragged trees, chunked prefill, preemption and prefix reuse all happen on the way
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, MambaConfig
 
 from parlay.config import EngineConfig
@@ -30,20 +32,34 @@ def position_bytes(engine: Engine) -> int:
 
 @pytest.mark.parametrize("kind", EXTRA)
 def test_greedy_identity(kind: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path, kind)
-    plain = plain_model(folder)
+    check_greedy_identity(kind, tmp_path, {"dtype": "float64"})
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "llama" else pytest.param(kind, marks=pytest.mark.slow) for kind in EXTRA]
+)
+def test_greedy_identity_of_compiled_layers(kind: str, tmp_path: Path, compiled: dict[str, Any]) -> None:
+    check_greedy_identity(kind, tmp_path, compiled)
+
+
+def check_greedy_identity(kind: str, tmp_path: Path, layers: dict[str, Any]) -> None:
+    dtype = getattr(torch, layers["dtype"])
+    folder = make_model(tmp_path, kind, dtype)
+    plain = plain_model(folder, dtype)
     prompts = prompts_of(10)
     expected = {prompt: greedy(plain, prompt, LENGTH) for prompt in prompts}
 
     engine = Engine(
         EngineConfig(
-            str(folder), dtype="float64", page_size=4, max_num_batched_tokens=24, max_num_seqs=6,
-            kv_cache_memory=26 * 4 * _bytes_per_position(kind), speculation=None, seed=0,
+            str(folder), page_size=4, max_num_batched_tokens=24, max_num_seqs=6,
+            kv_cache_memory=26 * 4 * _bytes_per_position(kind, dtype), speculation=None, seed=0, **layers,
         )
     )  # fmt: skip
+    assert all(engine.model.segments.programs) == ("compile" in layers)
     engine.drafters = Drafters([NoisyOracle(expected, VOCAB_SIZE)])
     engine.policy = RandomPolicy(0, ["noisy_oracle"])
-    assert position_bytes(engine) == _bytes_per_position(kind)
+    assert position_bytes(engine) == _bytes_per_position(kind, dtype)
     found: dict[str, list[int]] = {}
     accepted = 0
     for number, prompt in enumerate(prompts * 2):
@@ -65,9 +81,9 @@ def test_greedy_identity(kind: str, tmp_path: Path) -> None:
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_pages
 
 
-def _bytes_per_position(kind: str) -> int:
+def _bytes_per_position(kind: str, dtype: torch.dtype) -> int:
     heads = 2 if "num_key_value_heads" in AutoConfig.for_model(kind).to_dict() else 4
-    return 2 * 2 * heads * 8 * 8  # layers, key and value, heads, head size, bytes
+    return 2 * 2 * heads * 8 * dtype.itemsize  # layers, key and value, heads, head size, bytes
 
 
 def save(folder: Path, model: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +53,13 @@ def exact_law(folder: Path) -> dict[tuple[int, ...], float]:
 
 @pytest.mark.parametrize("mode", ["optimal", "coupled"])
 @pytest.mark.parametrize("method", ["random_sampler", "none"])
-def test_sequences_occur_as_often_as_the_model_says(folder: Path, mode: str, method: str) -> None:
+def test_sequences_occur_as_often_as_the_model_says(
+    folder: Path, layers: dict[str, Any], mode: str, method: str
+) -> None:
     engine = Engine(
         EngineConfig(
-            str(folder), dtype="float64", max_num_seqs=64, max_num_batched_tokens=512, speculation=None,
-            seed=1, self_check=False,
+            str(folder), max_num_seqs=64, max_num_batched_tokens=512, speculation=None, seed=1, self_check=False,
+            **layers,
         )
     )  # fmt: skip
     if method != "none":

@@ -33,6 +33,7 @@ def engine_for(folder: Path, drafter: Drafter | None = None, **options: Any) -> 
         "self_check": False,
     } | options
     engine = Engine(EngineConfig(str(folder), **settings))
+    assert all(engine.model.segments.programs) == (settings.get("compile") == "wait")
     if drafter is not None:
         engine.drafters = Drafters([drafter])
         engine.policy = RandomPolicy(1, [drafter.name])
@@ -78,17 +79,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("mode", ["coupled", "greedy"])
-def test_output_does_not_depend_on_the_drafter(folder: Path, drafter: str, params: str, mode: str) -> None:
+def test_output_does_not_depend_on_the_drafter(
+    folder: Path, layers: dict[str, Any], drafter: str, params: str, mode: str
+) -> None:
     """Off, alone, one after the other, against a drafter in a batch of 8; processing included."""
     chance = {"seed": 1234} if mode == "coupled" else {"temperature": 0.0}
     sampling = {**PARAMS[params], **chance}
     prompts = [REPETITIVE, *prompts_of(7)]
-    plain = engine_for(folder)
+    plain = engine_for(folder, **layers)
     alone = [tokens(run(plain, [prompt], **sampling))[0] for prompt in prompts]
-    assert tokens(run(engine_for(folder, DRAFTERS[drafter]()), prompts, **sampling)) == alone
+    assert tokens(run(engine_for(folder, DRAFTERS[drafter](), **layers), prompts, **sampling)) == alone
 
 
-def test_choices_of_one_seed_differ_and_do_not_depend_on_the_drafter(folder: Path) -> None:
+def test_choices_of_one_seed_differ_and_do_not_depend_on_the_drafter(folder: Path, layers: dict[str, Any]) -> None:
     def choices(engine: Engine) -> dict[int, list[int]]:
         engine.add(Request("r", REPETITIVE, SamplingParams(n=4, seed=5, max_tokens=LENGTH, ignore_eos=True)))
         found: dict[int, list[int]] = {}
@@ -98,9 +101,9 @@ def test_choices_of_one_seed_differ_and_do_not_depend_on_the_drafter(folder: Pat
             engine.check_integrity()
         return found
 
-    plain = choices(engine_for(folder))
+    plain = choices(engine_for(folder, **layers))
     assert len({tuple(some) for some in plain.values()}) == 4
-    assert choices(engine_for(folder, PromptLookup(Tree.chain(5)), max_num_batched_tokens=32)) == plain
+    assert choices(engine_for(folder, PromptLookup(Tree.chain(5)), max_num_batched_tokens=32, **layers)) == plain
 
 
 @pytest.fixture(scope="module")

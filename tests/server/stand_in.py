@@ -33,6 +33,7 @@ class StandIn:
 
     max_model_len = 200
     slots = 4
+    queued = 0.25  # seconds that every choice says it waited
 
     def __init__(self, *, paced: bool = False) -> None:
         self.tokenizer = ByteTokenizer()
@@ -98,6 +99,7 @@ class StandIn:
                 finish_reason="length" if last else None,
                 stats=SpeculationStats(steps=1, drafted=3, accepted=2),
                 method="parrot",
+                queued=self.queued,
             )
             for choice in range(request.params.n)
         ]

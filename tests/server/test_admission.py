@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import httpx
@@ -42,6 +43,32 @@ def test_a_call_larger_than_the_limit_is_taken_when_nothing_waits() -> None:
     refusal(queue, EngineStatus(slots=4, running=4, waiting=1), 7)
 
 
+def test_a_call_of_unknown_size_is_refused_when_no_size_fits() -> None:
+    queue, _ = limit(2)
+    queue.check_any(EngineStatus(slots=4, running=4, waiting=1))
+    with pytest.raises(QueueFull):
+        queue.check_any(EngineStatus(slots=4, running=4, waiting=2))
+    limit(0)[0].check_any(EngineStatus(slots=4, running=4))  # one of five choices would be taken
+
+
+def test_finishes_of_one_thread_wait_for_the_question_of_another() -> None:
+    now = [100.0]
+    finisher = threading.Thread(target=lambda: queue.finished(1))
+    waited: list[bool] = []
+
+    def clock() -> float:
+        if threading.current_thread() is threading.main_thread() and not waited and finisher.ident is None:
+            finisher.start()
+            finisher.join(0.05)
+            waited.append(finisher.is_alive())
+        return now[0]
+
+    queue = QueueLimit(0, clock)
+    refusal(queue, EngineStatus(slots=4, running=4))
+    finisher.join()
+    assert waited == [True]
+
+
 def test_the_time_to_come_back_follows_how_fast_choices_finish() -> None:
     queue, now = limit(0)
     full = EngineStatus(slots=4, running=4)
@@ -60,10 +87,13 @@ def test_a_full_queue_answers_429_and_takes_calls_again_later() -> None:
     engine = StandIn(paced=True)
     with serving(engine, max_queue_size=2) as server, server.client() as client, server.http() as http:
         body = {"prompt": "abc", "max_tokens": 1}
-        threads = [ask_in_background(server, n) for n in (4, 2)]
-        until(lambda: server.worker.status.waiting == 2)
-        for n in (1, 3):
-            answer = http.post("/v1/completions", json={**body, "n": n})
+        threads = [ask_in_background(server, n) for n in (4, 1)]
+        until(lambda: server.worker.status.waiting == 1)
+        assert http.post("/v1/completions", json={**body, "n": 2}).status_code == 429
+        assert 'parlay:request_refused_total{model_name="tiny"} 2.0' in http.get("/metrics").text
+        threads.append(ask_in_background(server, 1))
+        for content in (json.dumps(body), "not JSON"):  # nobody reads what nobody will take
+            answer = http.post("/v1/completions", content=content)
             assert answer.status_code == 429
             assert answer.headers["retry-after"] == str(LONGEST_RETRY)
             error = answer.json()["error"]
@@ -71,7 +101,7 @@ def test_a_full_queue_answers_429_and_takes_calls_again_later() -> None:
             assert "try again in 60 seconds" in error["message"]
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], stream=True)
-        assert len(engine.live) == 2
+        assert len(engine.live) == 3
         assert 'parlay:request_refused_total{model_name="tiny"} 5.0' in http.get("/metrics").text
         assert engine.pace is not None
         engine.pace.release(2)

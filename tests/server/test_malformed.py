@@ -104,3 +104,11 @@ def test_echoed_tokens_that_do_not_exist_are_named(server: Server, token: int) -
         answer = http.post("/v1/completions", json={"prompt": [token], "echo": True, "logprobs": 1})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
+
+
+def test_a_top_k_beyond_any_integer_type_keeps_all(server: Server) -> None:
+    body = {"prompt": "the and", "temperature": 1, "top_k": 2**64, "max_tokens": 2, "ignore_eos": True}
+    with server.http() as http:
+        answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 2

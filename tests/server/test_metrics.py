@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from parlay.engine.engine import Engine
+from parlay.server.metrics import Metrics
+from parlay.types import Delta, EngineStatus, Request, SamplingParams
 from tests.server.stand_in import StandIn
 from tests.serving import MODEL, Server, serving, until
 
@@ -22,8 +25,12 @@ def read(server: Server) -> dict[Sample, float]:
     answer = httpx.get(f"{server.url}/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
+    return samples(answer.text)
+
+
+def samples(text: str) -> dict[Sample, float]:
     found: dict[Sample, float] = {}
-    for family in text_string_to_metric_families(answer.text):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             assert sample.name.startswith("parlay:")
             labels = dict(sample.labels)
@@ -55,7 +62,9 @@ def pace(engine: StandIn, steps: int) -> None:
 def test_counts_of_a_call(parrot: StandIn, stand: Server) -> None:
     pace(parrot, 3)
     with stand.client() as client:
+        began = time.perf_counter()
         client.completions.create(model=MODEL, prompt=["abcd", "xy"], n=2, max_tokens=3)
+        elapsed = time.perf_counter() - began
     found = read(stand)
     assert value(found, "prompt_tokens_total") == 6
     assert value(found, "generation_tokens_total") == 12
@@ -66,6 +75,7 @@ def test_counts_of_a_call(parrot: StandIn, stand: Server) -> None:
     assert value(found, "request_time_per_output_token_seconds_count") == 4
     assert value(found, "e2e_request_latency_seconds_count") == 4
     assert value(found, "request_queue_time_seconds_count") == 4
+    assert value(found, "request_queue_time_seconds_sum") == 4 * StandIn.queued
     assert value(found, "request_prompt_tokens_sum") == 12
     assert value(found, "request_generation_tokens_bucket", le="5.0") == 4
     assert value(found, "request_generation_tokens_bucket", le="2.0") == 0
@@ -82,6 +92,20 @@ def test_counts_of_a_call(parrot: StandIn, stand: Server) -> None:
     )
     decoding = value(found, "inter_token_latency_seconds_sum")
     assert e2e == pytest.approx(first + decoding)
+    assert 0 < first <= e2e <= 4 * elapsed
+
+
+def test_tokens_that_come_at_once_at_first_have_no_time_of_their_own() -> None:
+    metrics = Metrics(MODEL, lambda: EngineStatus(slots=1))
+    requests = [Request(name, (1, 2), SamplingParams(max_tokens=5)) for name in ("at once", "in two steps")]
+    watch = metrics.watch(requests, time.perf_counter())
+    watch.arrive([Delta("at once", 0, "", (1, 2, 3, 4, 5), finish_reason="length")])
+    watch.arrive([Delta("in two steps", 0, "", (1, 2, 3))])
+    watch.arrive([Delta("in two steps", 0, "", (4, 5), finish_reason="length")])
+    found = samples(metrics.write("")[0].decode())
+    assert value(found, "request_time_per_output_token_seconds_count") == 1
+    between = value(found, "inter_token_latency_seconds_sum")
+    assert value(found, "request_time_per_output_token_seconds_sum") == pytest.approx(between / 2)
 
 
 def test_gauges_follow_the_engine(parrot: StandIn, stand: Server) -> None:
@@ -109,6 +133,18 @@ def test_a_failed_engine_is_counted(parrot: StandIn, stand: Server) -> None:
     assert value(found, "request_failed_total") == 2
     assert value(found, "request_aborted_total") == 0
     assert value(found, "num_requests_running") == 0
+    with stand.client() as client, pytest.raises(openai.InternalServerError):
+        client.completions.create(model=MODEL, prompt="abc", n=3)  # too late for the engine
+    assert value(read(stand), "request_failed_total") == 5
+
+
+def test_a_call_that_the_engine_failed_to_take_is_counted(parrot: StandIn, stand: Server) -> None:
+    parrot.breaks_on_add = RuntimeError("out of luck")
+    with stand.client() as client, pytest.raises(openai.InternalServerError):
+        client.completions.create(model=MODEL, prompt=["abc", "d"], n=2)
+    found = read(stand)
+    assert value(found, "request_failed_total") == 4
+    assert value(found, "request_aborted_total") == 0
 
 
 def test_a_refused_call_is_not_counted_as_admitted(stand: Server) -> None:
@@ -125,6 +161,14 @@ def test_no_key_is_asked_for_and_openmetrics_is_spoken() -> None:
         answer = httpx.get(f"{server.url}/metrics", headers=accept)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("kind", ["text/plain; version=abc", "application/openmetrics-text; version=1.x"])
+def test_a_version_that_is_none_gets_plain_text(stand: Server, kind: str) -> None:
+    answer = httpx.get(f"{stand.url}/metrics", headers={"Accept": kind})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert samples(answer.text)
 
 
 def test_speculation_of_a_real_engine_is_what_usage_says(server: Server, client: openai.OpenAI, engine: Engine) -> None:

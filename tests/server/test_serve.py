@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import httpx
 import pytest
 
 from parlay.config import EngineConfig
+from parlay.engine.engine import Engine
 from parlay.server.app import serve
+from parlay.types import Delta
 from tests.serving import engine_threads, until
 from tests.tiny import make_tiny_llama
 
@@ -29,6 +32,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def accepts(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_one_line_when_ready_and_a_calm_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], end: signal.Signals
@@ -37,15 +47,9 @@ def test_one_line_when_ready_and_a_calm_end(
     port = free_port()
     served: list[str] = []
 
-    def answers() -> bool:
-        try:
-            served.append(httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"])
-        except httpx.ConnectError:
-            return False
-        return True
-
     def visit_and_interrupt() -> None:
-        until(answers)
+        until(lambda: accepts(port))
+        served.append(httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"])
         os.kill(os.getpid(), end)
 
     visitor = threading.Thread(target=visit_and_interrupt, daemon=True)
@@ -57,6 +61,33 @@ def test_one_line_when_ready_and_a_calm_end(
     assert served == ["tiny"]
     assert capsys.readouterr().out == f"tiny (float32, cpu) is ready at http://127.0.0.1:{port}\n"
     assert engine_threads() == before
+
+
+def test_what_outlasts_the_grace_is_told_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port, step, steps = free_port(), Engine.step, iter(range(20))
+
+    def stall(engine: Engine) -> Sequence[Delta]:
+        time.sleep(0.005)
+        return () if next(steps, None) is None else step(engine)
+
+    monkeypatch.setattr(Engine, "step", stall)
+    seen: list[str] = []
+
+    def visit_and_terminate() -> None:
+        until(lambda: accepts(port))
+        body = {"prompt": "the and", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as answer:
+            lines = filter(None, answer.iter_lines())
+            next(lines)
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.extend(lines)
+
+    visitor = threading.Thread(target=visit_and_terminate, daemon=True)
+    visitor.start()
+    config = EngineConfig(model=str(make_tiny_llama(tmp_path)), dtype="float32", device="cpu", self_check=False)
+    serve(config, port=port, grace_seconds=0.2)
+    visitor.join()
+    assert '"code":"shutting_down"' in seen[-1]
 
 
 def test_a_taken_port_is_refused_before_anything_is_loaded() -> None:

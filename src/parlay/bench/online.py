@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from rich.table import Table
@@ -141,6 +142,8 @@ def run(
         objectives=objectives,
         timeout=timeout,
     )
+    if json_to is not None and json_to != "-":
+        _prepare(Path(json_to))
     captured = environment.capture()
     wish = Wish(limit, temperature, ignore_eos, speculation)
     plan = [Planned(*pair) for pair in zip(prompts, schedule(per_second, num_prompts, seed), strict=True)]
@@ -200,6 +203,15 @@ def _limit(max_tokens: int | None, dataset: Dataset) -> int:
     if max_tokens is not None and given is not None:
         raise ValueError("max-tokens: synthetic:INPUT,OUTPUT says it already; give one")
     return max_tokens or given or MAX_TOKENS
+
+
+def _prepare(file: Path) -> None:
+    """Finds out whether the file can be written while nothing is lost if it cannot."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise OSError(f"json {str(file)!r}: {error.strerror}; name a file that can be written") from None
 
 
 def _name(dataset: Dataset) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from parlay.bench import environment, report
 from parlay.bench.report import progress
-from parlay.bench.steps import Case, CaseResult, step_table, summarise, time_cases
+from parlay.bench.steps import Case, CaseResult, prompts_used, step_table, summarise, time_cases
 from parlay.bench.workloads import encode, load_prompts
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
@@ -59,7 +59,7 @@ def run(
         raise ValueError(f"rows: {max(rows)} is more than --max-num-seqs {config.max_num_seqs}; raise that")
     methods: list[Speculation] = [method for method in NAMES if method == "off" or config.speculation is not None]
     cases = [Case(number, method, sampled) for number in rows for method in methods for sampled in SAMPLED[choice]]
-    prompts = load_prompts(dataset)
+    prompts = load_prompts(dataset, prompts_used(cases, repeats))
     engine = Engine(config)
     captured = environment.capture()
     with progress("timing steps", repeats * len(cases)) as advance:

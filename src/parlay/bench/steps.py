@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -90,10 +90,18 @@ class Recorder:
         return [step for step in steps if step.rows == rows]
 
 
+def prompts_used(cases: Iterable[Case], repeats: int) -> int:
+    """How many prompts, from the first on, `time_cases` takes: every repeat starts one further."""
+    return max(case.rows for case in cases) + repeats - 1
+
+
 def time_cases(
     engine: Engine, prompts: Sequence[Tokens], cases: Sequence[Case], max_tokens: int, repeats: int, advance: Advance
 ) -> dict[Case, list[list[Step]]]:
-    """The steps of every case, repeat by repeat; the cases take turns, in the other direction every second time."""
+    """The steps of every case, repeat by repeat; the cases take turns, in the other direction every second time.
+
+    All prompts are read beforehand, so pass no more than `prompts_used` of them; fewer are repeated.
+    """
     recorder = Recorder(engine.policy)
     engine.policy = recorder
     drive(engine, prompts, Case(4, "auto", True).params(1), 4)  # prompts are read once; what is timed is decoding
@@ -117,7 +125,10 @@ def summarise(case: Case, repeats: Sequence[Sequence[Step]]) -> CaseResult:
     """
     steps = [step for some in repeats for step in some]
     if not steps:
-        raise ValueError(f"no step had {case.rows} decoding rows: raise --max-tokens")
+        raise ValueError(
+            f"no step had {case.rows} decoding rows: raise --max-tokens, or --max-num-batched-tokens or "
+            "--kv-cache-memory where so many do not fit into a step or into memory"
+        )
     total = sum(step.total for step in steps)
     plain = repeats if case.speculation == "off" else ()
     throughput = tuple(sum(s.emitted for s in some) / sum(s.total for s in some) for some in plain if some)

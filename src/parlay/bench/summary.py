@@ -106,14 +106,16 @@ class ErrorCount:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run delivered. Only complete answers count, except in `errors` and `peak_concurrency`.
+    """What a run delivered. Only complete answers count, except where it says otherwise.
+
+    Rates are over `seconds`, failed requests included in that time.
 
     Attributes:
         completed: Complete answers.
         failed: Answers that failed.
         unfinished: Requests that were not answered when the run was interrupted.
-        seconds: From the first request sent to the last answer.
-        peak_concurrency: Most requests in flight.
+        seconds: From the first request sent to the end of the last one, failed or not.
+        peak_concurrency: Most requests in flight, those that failed included.
         requests_per_second: Throughput.
         input_tokens: Total; None when the server does not say for all.
         output_tokens: Total.
@@ -124,10 +126,10 @@ class Summary:
         tpot: Time per output token after the first.
         itl: Gaps between pieces of text.
         e2e: From sending to the end of the answer.
-        lag: How much later than scheduled requests were sent; None without a schedule.
+        lag: How much later than scheduled all requests were sent, failed or not; None without a schedule.
         goodput: Requests per second that met the objectives; None without objectives.
         speculation: None when the server does not tell.
-        errors: Most frequent first.
+        errors: Of the failed requests, most frequent first.
     """
 
     completed: int

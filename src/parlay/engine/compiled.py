@@ -210,7 +210,11 @@ class CompiledLayers:
             exported = _export(self._layers[kind.indices[0]], self._example, kind.indices[0])
             kind.package.parent.mkdir(parents=True, exist_ok=True)
             saved, log = (kind.package.with_suffix(f".{os.getpid()}{suffix}") for suffix in (".exported.pt2", ".log"))
-            torch.export.save(exported, saved)
+            try:
+                torch.export.save(exported, saved)
+            except BaseException:
+                saved.unlink(missing_ok=True)
+                raise
             command = [sys.executable, "-m", "parlay.engine.compiled", str(saved), str(kind.package)]
             with log.open("wb") as said:
                 job = subprocess.Popen(

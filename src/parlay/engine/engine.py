@@ -207,8 +207,8 @@ class Engine:
             self_check.check_compiled(self.model, programs)
             self.model.segments.use(programs)
             logger.info("the compiled layers are in use")
-        except (CompilationFailed, UnsupportedModel) as error:
-            logger.warning("the layers run as they are: %s", error)
+        except (CompilationFailed, UnsupportedModel, RuntimeError) as error:  # the last from a program itself
+            logger.warning("the layers run as they are: %s", str(error).splitlines()[0])
 
     def check_integrity(self) -> None:
         """Checks pages, sequences and outputs against each other.

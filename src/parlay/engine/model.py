@@ -194,6 +194,7 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
+        self.vocab_size = int(loaded.config.vocab_size)
         pack_products(loaded.model)
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
         self._attention = PathAttention if self.by_paths else GatheredAttention

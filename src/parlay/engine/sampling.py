@@ -99,7 +99,8 @@ def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     temperatures = [p.temperature or 1.0 for p in params]
     if logits.device.type == "cpu" and logits.dtype is torch.float32 and native.load():
         drawn = [p.temperature > 0 for p in params]  # the others only need their largest
-        top_k = torch.tensor([max(0, p.top_k) if some else 0 for p, some in zip(params, drawn, strict=True)])
+        vocab = logits.shape[-1]
+        top_k = torch.tensor([min(max(0, p.top_k), vocab) if s else 0 for p, s in zip(params, drawn, strict=True)])
         top_p = [p.top_p if some else 1.0 for p, some in zip(params, drawn, strict=True)]
         min_p = [p.min_p if some else 0.0 for p, some in zip(params, drawn, strict=True)]
         limits = (torch.tensor(limit, dtype=torch.float64) for limit in (top_p, min_p))

@@ -30,6 +30,7 @@ class Sequence:
     scored: int = 0  # prompt positions whose log-probabilities have been delivered
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # names of the full pages of tokens[:computed]
+    looked_up: bool = False  # whether `computed` began as what published pages held, not as another choice's prompt
     siblings: list[Sequence] = field(default_factory=list)  # choices that will share this one's prompt pages
 
     @property
@@ -178,7 +179,7 @@ class Scheduler:
             self._make_room(seq, len(seq.tokens))
         self.waiting.remove(seq)
         self.running.append(seq)
-        if self._may_reuse(seq):
+        if seq.looked_up:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.computed
         return True
@@ -191,6 +192,7 @@ class Scheduler:
         """Takes the published pages that hold the beginning of these tokens; at least one token stays to be run."""
         if not self._may_reuse(seq):
             return
+        seq.looked_up = True
         size, name = self.blocks.page_size, b""
         for end in range(size, len(seq.tokens), size):
             name = page_digest(name, seq.tokens[end - size : end])

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from parlay.engine.attention import UnsupportedModel
-from parlay.engine.batch import Draft
+from parlay.engine.attention import UnsupportedModel, current_step
+from parlay.engine.batch import Draft, pack
 from parlay.engine.compiled import LayerProgram, Noted
 from parlay.engine.model import LoadedModel, TargetModel
+from parlay.engine.path_attention import PathAttention
 from parlay.engine.strict import TILE
 from parlay.types import Request, Row, SamplingParams, Tree
 
@@ -96,46 +97,63 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 class _Beside:
-    """Runs a compiled layer beside the eager one, which goes on."""
+    """Runs a compiled layer beside the eager one, which goes on and writes the same KV again."""
 
-    def __init__(self, program: LayerProgram) -> None:
-        self._program = program
-        self.out: torch.Tensor | None = None  # [1, T, hidden]
+    def __init__(self, program: LayerProgram, layer: int) -> None:
+        self._program, self._layer = program, layer
+        self.hidden = self.out = self.written = torch.empty(0)  # [T, hidden] before and after; [T, kv_heads, D]
 
     def __call__(self, hidden: torch.Tensor, noted: Noted) -> None:
-        self.out = self._program(hidden, noted)
+        out, step = self._program(hidden, noted), current_step()
+        if out is None or not isinstance(step, PathAttention):
+            raise UnsupportedModel("a layer is called in another way than when it was compiled")
+        self.hidden, self.out = hidden[0], out[0]
+        self.written = step.kv.slots[self._layer][step.paths.slots].clone()
 
 
+@torch.inference_mode()
 def check_compiled(model: TargetModel, programs: Sequence[LayerProgram]) -> None:
-    """Compares every compiled layer with the eager one on the same hidden states.
+    """Compares what every compiled layer adds to the hidden states, and writes as KV, with what the eager one does.
 
     Layer by layer, because rounding grows from layer to layer by a factor that differs from model to model.
 
     Raises:
         UnsupportedModel: when they differ by more than rounding.
     """
-    draft, pages = Draft("self-check", TREE, tuple(range(1, len(TREE) + 1))), list(range(1, 13))
+    pages = list(range(1, 13))
+    tokens = [token % model.vocab_size for token in range(3, 12)]
+    draft = Draft("self-check", TREE, tuple(tokens[: len(TREE)]))
     steps = [
-        ([_row((3,), 0, 1, pages)], [None]),  # sizes of 1 are where programs for any size go wrong
-        ([_row((3, 5), 1, 1, pages)], [None]),
-        ([_row((3, 5, 7), 2, 1, pages), _row((4, 2), 0, 2, pages[9:])], [draft, None]),
+        ([_row((tokens[0],), 0, 1, pages)], [None]),  # sizes of 1 are where programs for any size go wrong
+        ([_row(tuple(tokens[:2]), 1, 1, pages)], [None]),
+        ([_row(tuple(tokens[:3]), 2, 1, pages), _row(tuple(tokens[3:5]), 0, 2, pages[9:])], [draft, None]),
     ]
-    beside = [_Beside(program) for program in programs]
+    beside = [_Beside(program, layer) for layer, program in enumerate(programs)]
     with model.borrowed_kv(1 + len(pages), model.kv.page_size), model.segments.using(beside):
         for rows, drafts in steps:
             states = model.verify(rows, drafts, taps=range(1, len(programs) + 1)).taps
-            for layer, compiled in enumerate(beside, start=1):
-                if compiled.out is None:
-                    raise UnsupportedModel(f"layer {layer} is called in another way than when it was compiled")
-                difference, allowed = (
-                    _rms(compiled.out[0] - states[layer]),
-                    _rounding(model.dtype) * _rms(states[layer]),
-                )
-                if not difference <= 2 * allowed:
-                    raise UnsupportedModel(
-                        f"layer {layer}, compiled, differs by {difference:.3g} (root mean square), and rounding by "
-                        f"{allowed:.3g}"
-                    )
+            slots = pack(rows, drafts, model.kv.page_size, model.device).slots
+            for layer, compiled in enumerate(beside):
+                _require_close("the output", layer, compiled.out, states[layer + 1], compiled.hidden)
+                written = model.kv.slots[layer][slots]
+                _require_close("the KV", layer, compiled.written, written, torch.zeros_like(written))
+
+
+def _require_close(what: str, layer: int, found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> None:
+    """Compares two results for the same tokens.
+
+    A number may be off by its own storage's rounding, since a layer adds little to what may be much, and beyond that
+    a token's numbers by the rounding of what was added to `before`.
+    """
+    expected64, before64 = expected.flatten(1).to(torch.float64), before.flatten(1).to(torch.float64)
+    beyond = (found.flatten(1) - expected64).abs() - 2 * torch.finfo(expected.dtype).eps * expected64.abs()
+    off, added = (each.square().mean(-1).sqrt() for each in (beyond.clamp(min=0), expected64 - before64))
+    allowed = 2 * _rounding(expected.dtype)
+    if not bool((off <= allowed * added).all()):
+        raise UnsupportedModel(
+            f"{what} of layer {layer}, compiled, differs by {float((off / added).max()):.3g} of what the layer adds, "
+            f"and rounding by {allowed:.3g}"
+        )
 
 
 def check_strict(model: TargetModel) -> None:

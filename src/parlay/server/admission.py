@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class QueueLimit:
 
     A call is taken whole or not at all. It is taken when all choices, those that run, those that wait and its own,
     are at most the slots that the engine runs at a time plus `max_waiting`. A call that has more choices than that by
-    itself would never be taken by this rule, so it is taken when nothing waits.
+    itself would never be taken by this rule, so it is taken when nothing waits. Any thread may ask.
 
     Args:
         max_waiting: Choices that may wait.
@@ -39,10 +40,12 @@ class QueueLimit:
         self.max_waiting = max_waiting
         self._clock = clock
         self._finishes: deque[float] = deque(maxlen=256)
+        self._lock = threading.Lock()  # over the finishes
 
     def finished(self, count: int) -> None:
         """Notes that this many choices have finished now."""
-        self._finishes.extend([self._clock()] * count)
+        with self._lock:
+            self._finishes.extend([self._clock()] * count)
 
     def check(self, status: EngineStatus, choices: int) -> None:
         """Decides about a call of so many choices.
@@ -57,12 +60,22 @@ class QueueLimit:
         if too_many > 0:
             raise QueueFull(self.max_waiting, self._seconds_until(too_many))
 
+    def check_any(self, status: EngineStatus) -> None:
+        """Decides about a call that may have any number of choices.
+
+        Raises:
+            QueueFull: when it is not taken, however many it has.
+        """
+        if status.waiting > 0:
+            self.check(status, 1)
+
     def _seconds_until(self, count: int) -> int:
         """When so many choices will have finished, if they go on finishing as they did."""
-        now = self._clock()
-        while self._finishes and now - self._finishes[0] > WINDOW_SECONDS:
-            self._finishes.popleft()
-        if not self._finishes:
-            return LONGEST_RETRY
-        rate = len(self._finishes) / max(now - self._finishes[0], 1.0)
+        with self._lock:
+            now = self._clock()
+            while self._finishes and now - self._finishes[0] > WINDOW_SECONDS:
+                self._finishes.popleft()
+            if not self._finishes:
+                return LONGEST_RETRY
+            rate = len(self._finishes) / max(now - self._finishes[0], 1.0)
         return min(max(math.ceil(count / rate), 1), LONGEST_RETRY)

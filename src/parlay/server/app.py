@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI
 from rich.console import Console
 from starlette.requests import Request
@@ -30,14 +29,13 @@ from parlay.server.chat import prepare_chat
 from parlay.server.completions import prepare_completion
 from parlay.server.contract import ServingEngine
 from parlay.server.errors import CLIENT_GONE, ApiError, install_error_handlers
+from parlay.server.graceful import GRACE_SECONDS, GracefulServer
 from parlay.server.metrics import Metrics
 from parlay.server.transport import read_body, unless_gone
-from parlay.server.worker import MAX_QUEUE_SIZE, EngineWorker
+from parlay.server.worker import MAX_QUEUE_SIZE, EngineFailed, EngineWorker, ShuttingDown
 
 MAX_BODY_BYTES = 8 * 2**20
 T = TypeVar("T")
-
-GRACE_SECONDS = 30  # what is in flight may finish for this long when the server stops
 
 Prepare = Callable[[bytes, ServingEngine, Sequence[str]], Call]
 
@@ -116,11 +114,19 @@ class Service:
     async def _generate(self, prepare: Prepare, request: Request) -> Response:
         body = await read_body(request, self.max_body_bytes)
         arrived = time.perf_counter()
-        call = await asyncio.to_thread(prepare, body, self.worker.engine, self.names)
+        num_choices = 1  # nobody knows better before the body is understood
         try:
+            self.worker.check_open()
+            call = await asyncio.to_thread(prepare, body, self.worker.engine, self.names)
+            num_choices = call.num_choices
             generation = await self.worker.submit(call.requests, self.metrics.watch(call.requests, arrived))
         except QueueFull:
-            self.metrics.refuse(call.num_choices)
+            self.metrics.refuse(num_choices)
+            raise
+        except ShuttingDown:
+            raise
+        except EngineFailed:
+            self.metrics.fail(num_choices)
             raise
         if call.stream:
             return EventStream(call, generation)
@@ -193,6 +199,7 @@ def serve(
     max_queue_size: int = MAX_QUEUE_SIZE,
     max_body_bytes: int = MAX_BODY_BYTES,
     access_log: bool = False,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM.
 
@@ -205,6 +212,7 @@ def serve(
         max_queue_size: Choices that may wait; calls beyond that are answered with 429.
         max_body_bytes: Longer bodies are answered with 413.
         access_log: Log every HTTP request.
+        grace_seconds: What is in flight may finish for this long when the server stops; the rest is told of the end.
 
     Raises:
         OSError: when the address cannot be had, before anything is loaded.
@@ -217,18 +225,19 @@ def serve(
         worker = EngineWorker(engine, max_queue_size)
         names = tuple(served_model_names) or (config.model,)
         app = create_app(worker, names=names, api_key=api_key, max_body_bytes=max_body_bytes)
-        settings = uvicorn.Config(
-            app,
-            log_level="info" if access_log else "warning",
-            access_log=access_log,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            lifespan="on",
-        )
         precision = str(engine.model.dtype).removeprefix("torch.")
         ready = f"{names[0]} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
+        server = GracefulServer(
+            app,
+            worker,
+            grace_seconds=grace_seconds,
+            announce=lambda: Console().print(ready, highlight=False, markup=False, soft_wrap=True),
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+        )
         try:
             with _terminable():
-                _AnnouncingServer(settings, ready).run(sockets=[listener])
+                server.run(sockets=[listener])
         finally:
             worker.stop()  # a second Ctrl-C skips the app's own ending
     except KeyboardInterrupt:  # uvicorn raises it again once all is closed
@@ -248,19 +257,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _AnnouncingServer(uvicorn.Server):
-    """Says one line once it accepts connections."""
-
-    def __init__(self, config: uvicorn.Config, line: str) -> None:
-        super().__init__(config)
-        self._line = line
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            Console().print(self._line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:

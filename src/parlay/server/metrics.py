@@ -87,13 +87,15 @@ class Metrics:
             "inter_token_latency_seconds", "Between two steps that gave a choice tokens, however many.", _FINE
         )
         self.time_per_output_token = histogram(
-            "request_time_per_output_token_seconds", "Mean time of a finished choice's tokens after the first.", _FINE
+            "request_time_per_output_token_seconds",
+            "Mean time of a finished choice's tokens after its first ones.",
+            _FINE,
         )
         self.e2e_latency = histogram(
             "e2e_request_latency_seconds", "From a call's arrival to the end of a choice.", _WIDE
         )
         self.queue_time = histogram(
-            "request_queue_time_seconds", "From a request's admission to a choice's first step.", _WIDE
+            "request_queue_time_seconds", "From the end of tokenisation to a choice's first step.", _WIDE
         )
         self.prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of finished choices.", _TOKENS)
         self.output_sizes = histogram("request_generation_tokens", "Output tokens of finished choices.", _TOKENS)
@@ -106,10 +108,18 @@ class Metrics:
         """Notes a call of so many choices that found the queue full."""
         self.tally.refused += choices
 
+    def fail(self, choices: int) -> None:
+        """Notes a call of so many choices that the engine failed to take."""
+        self.tally.failed += choices
+
     def write(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the text format that an Accept header asks for, and its content type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        try:
+            encode, content_type = choose_encoder(accept)
+            return encode(self._registry), content_type
+        except TypeError:  # what prometheus_client makes of a version that is not made of numbers
+            encode, content_type = choose_encoder("")
+            return encode(self._registry), content_type
 
 
 @dataclass(slots=True)
@@ -118,6 +128,7 @@ class _Progress:
 
     num_prompt_tokens: int
     num_tokens: int = 0
+    num_first_tokens: int = 0  # how many came at once at first: nobody waited for one of them alone
     first: float = 0.0  # when its first tokens came, and its last so far, on time.perf_counter's clock
     last: float = 0.0
 
@@ -164,6 +175,7 @@ class CallWatch:
             metrics.inter_token_latency.observe(now - progress.last)
         else:
             progress.first = now
+            progress.num_first_tokens = len(delta.tokens)
             metrics.time_to_first_token.observe(now - self._arrived)
             metrics.queue_time.observe(delta.queued)
             if delta.choice == 0:  # the others share its prompt
@@ -177,8 +189,8 @@ class CallWatch:
         metrics.e2e_latency.observe(progress.last - self._arrived)
         metrics.prompt_sizes.observe(progress.num_prompt_tokens)
         metrics.output_sizes.observe(progress.num_tokens)
-        if progress.num_tokens > 1:
-            metrics.time_per_output_token.observe((progress.last - progress.first) / (progress.num_tokens - 1))
+        if later := progress.num_tokens - progress.num_first_tokens:
+            metrics.time_per_output_token.observe((progress.last - progress.first) / later)
 
 
 class _Counters(Collector):

@@ -119,7 +119,7 @@ class EngineWorker:
         self.engine = engine
         self.failure: str | None = None  # why the engine is broken; set once, by the engine thread
         self.status = engine.status()  # as of the last turn; replaced by the engine thread
-        self._queue_limit = QueueLimit(max_queue_size)  # the engine thread's
+        self._queue_limit = QueueLimit(max_queue_size)
         self._commands: queue.SimpleQueue[_Add | _Release | _Stop] = queue.SimpleQueue()
         self._door = threading.Lock()  # nothing is added behind the last command, `_Stop`
         self._closing = False
@@ -140,6 +140,17 @@ class EngineWorker:
             self._commands.put(_Stop())
         if self._thread.ident is not None:
             self._thread.join()
+
+    def check_open(self) -> None:
+        """Refuses a call before any work is put into it, by the last turn's status; `submit` decides exactly.
+
+        Raises:
+            QueueFull: when not even one more choice may wait.
+            EngineFailed: when the engine is stopping.
+        """
+        if self._closing:
+            raise ShuttingDown()
+        self._queue_limit.check_any(self.status)
 
     async def submit(self, requests: Sequence[Request], watcher: Watcher | None = None) -> Generation:
         """Admits all requests of one call, or none; the watcher is told only of what is admitted.
