@@ -37,6 +37,7 @@ def scripted(pieces: Sequence[bytes], *, status: int = 200, whole: bool = True) 
             self.send_response(status)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
+            self.send_header("Connection", "close")  # so that no request goes to a connection that is on its way out
             self.end_headers()
             for piece in pieces:
                 if not piece:
