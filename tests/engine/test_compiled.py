@@ -181,6 +181,17 @@ def test_a_cache_that_cannot_be_written(
     assert "the layers cannot be compiled" in caplog.text
 
 
+def test_an_exporter_that_fails_without_a_word_harms_nobody(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    assert not any(programs(engine_of(llama, "wait", page_size=2)))
+    assert "they run as they are: AssertionError" in caplog.text
+
+
 def test_a_full_disk_harms_nobody(
     llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

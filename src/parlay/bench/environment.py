@@ -91,6 +91,8 @@ def _command() -> str:
 def portable(argument: str) -> str:
     """The argument without the machine's own folders, where it is a path that has some."""
     path = Path(argument)
+    if ".." in path.parts:  # it says where the machine keeps what lies outside of the project
+        return path.name
     if not path.is_absolute():
         return argument
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

@@ -18,7 +18,7 @@ from parlay.engine.accept import Acceptor
 from parlay.engine.attention import UnsupportedModel
 from parlay.engine.blocks import Blocks
 from parlay.engine.checkpoint import resolve
-from parlay.engine.compiled import CompilationFailed, CompiledLayers
+from parlay.engine.compiled import CompiledLayers
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.engine.output import OutputStream
@@ -191,7 +191,7 @@ class Engine:
                 logger.info("compiling the model's layers, once for this machine (about a minute); %s", how)
                 found.start()
         except Exception as error:  # the exporter raises whatever the model's code makes it stumble over
-            logger.warning("the layers cannot be compiled, so they run as they are: %s", str(error).splitlines()[0])
+            logger.warning("the layers cannot be compiled, so they run as they are: %s", _first_line(error))
             return None
         if mode == "wait":
             found.wait()
@@ -207,8 +207,8 @@ class Engine:
             self_check.check_compiled(self.model, programs)
             self.model.segments.use(programs)
             logger.info("the compiled layers are in use")
-        except (CompilationFailed, UnsupportedModel, RuntimeError) as error:  # the last from a program itself
-            logger.warning("the layers run as they are: %s", str(error).splitlines()[0])
+        except (UnsupportedModel, RuntimeError) as error:  # the latter from the compiler or a program itself
+            logger.warning("the layers run as they are: %s", _first_line(error))
 
     def check_integrity(self) -> None:
         """Checks pages, sequences and outputs against each other.
@@ -228,6 +228,11 @@ def _cut(result: RowResult, count: int) -> RowResult:
         accepted=result.accepted[:count],
         logprobs=result.logprobs[:count],
     )
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says in short; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Laps:
