@@ -53,6 +53,7 @@ class StepTimes:
 
     model: str
     dtype: str
+    prompt_tokens: float  # mean over the prompts
     max_tokens: int
     repeats: int
     cases: tuple[CaseResult, ...]
@@ -69,7 +70,9 @@ def main() -> None:
     engine = Engine(config)
     comparisons = max(5, options.repeats)
     used = max(prompts_used(cases, options.repeats), comparisons)
-    prompts = encode(load_prompts(options.dataset, used), engine.tokenizer)
+    prompts = [
+        prompt[: options.prompt_tokens] for prompt in encode(load_prompts(options.dataset, used), engine.tokenizer)
+    ]
     with progress("timing steps", options.repeats * len(cases)) as advance:
         steps = time_cases(engine, prompts, cases, options.max_tokens, options.repeats, advance)
     products = time_products(engine, (1, MOST_ROWS), 4 * options.repeats)
@@ -85,7 +88,8 @@ def main() -> None:
     dtype = str(engine.model.dtype).removeprefix("torch.")
     model = environment.portable(options.model)
     factor = scaling(summaries)
-    result = StepTimes(model, dtype, options.max_tokens, options.repeats, summaries, factor, products, versus)
+    length = statistics.mean(map(len, prompts))
+    result = StepTimes(model, dtype, length, options.max_tokens, options.repeats, summaries, factor, products, versus)
     environment.write_json(options.json, captured, result)
     show(result)
 
@@ -98,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1, 4, MOST_ROWS], help="requests at a time (default: %(default)s)"
     )
+    parser.add_argument("--prompt-tokens", type=int, help="cut prompts to so many tokens (default: whole prompts)")
     parser.add_argument("--max-tokens", type=int, default=32, help="new tokens per request (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="times each case is run (default: %(default)s)")
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison with transformers")
@@ -189,7 +194,7 @@ def generate(model: Any, prompt: Tokens, new_tokens: int) -> Tokens:
 
 def show(result: StepTimes) -> None:
     console = report.console()
-    title = f"{result.model}, {result.dtype}: one decoding step, median ms by part"
+    title = f"{result.model}, {result.dtype}, prompts of {result.prompt_tokens:.0f} tokens: median ms of a step by part"
     console.print(step_table(title, result.cases, METHODS))
     for line in verdicts(result):
         console.print(line, highlight=False)

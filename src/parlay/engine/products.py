@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from parlay.engine import native
+from parlay.engine.memory import Shelf
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))
 
@@ -54,9 +55,12 @@ def pack_products(model: nn.Module) -> None:
     }
     if not found or not native.load():
         return
+    shelf = Shelf()
     while found:  # one at a time, so that only one layer is in memory twice (and a head that is tied to the embedding)
         (owner, name), layer = found.popitem()
-        setattr(owner, name, PackedLinear(layer))
+        packed = PackedLinear(layer)
+        packed.weight = shelf.keep(packed.weight)
+        setattr(owner, name, packed)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ namespace parlay {
 
 constexpr int64_t kChunk = 64;  // positions
 constexpr int64_t kLines = 48;  // queries times heads that meet a chunk together
+constexpr int64_t kAhead = 128 << 10;  // bytes of keys and values that a worker reads ahead
 
 // T: of the tensors; all of them contiguous.
 template <class T>
@@ -41,9 +42,15 @@ struct Attention {
     return count;
   }
 
-  int64_t slot(int64_t token, int64_t position) const {
-    if (position >= known[token]) return ancestors[token * max_ancestors + position - known[token]];
-    return pages[row[token] * max_pages + position / page_size] * page_size + position % page_size;
+  // Writes the slots of positions [from, to) of a query's list.
+  void locate(int64_t token, int64_t from, int64_t to, int64_t* slots) const {
+    const int64_t* page = pages + row[token] * max_pages + from / page_size;
+    int64_t position = from, within = from % page_size;
+    for (; position < std::min(to, known[token]); ++page, within = 0)
+      for (; within < page_size && position < std::min(to, known[token]); ++within, ++position)
+        *slots++ = *page * page_size + within;
+    const int64_t* own = ancestors + token * max_ancestors - known[token];
+    for (; position < to; ++position) *slots++ = own[position];
   }
 };
 
@@ -70,70 +77,89 @@ inline void dots(const float* q, int64_t size, const T* const* keys, float* scor
   }
 }
 
-// total[m] += sum over keys of weights[m, key] * values[key] for M lines, two vectors wide.
-template <int M, class T>
+// total[m] += sum over keys of weights[m, key] * values[key] for M lines, W vectors wide.
+template <int M, int W, class T>
 inline void mix(const float* weights, const T* const* values, int64_t count, int64_t offset, float* total, int64_t size) {
-  vfloat low[M], high[M];
+  vfloat sum[M][W];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    low[m] = load(total + m * size);
-    high[m] = load(total + m * size + kLanes);
-  }
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) sum[m][w] = load(total + m * size + w * kLanes);
   for (int64_t key = 0; key < count; ++key) {
-    const vfloat a = load(values[key] + offset), b = load(values[key] + offset + kLanes);
+    vfloat value[W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) value[w] = load(values[key] + offset + w * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const float weight = weights[m * kChunk + key];
-      low[m] += weight * a;
-      high[m] += weight * b;
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sum[m][w] += weight * value[w];
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    store(total + m * size, low[m]);
-    store(total + m * size + kLanes, high[m]);
-  }
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) store(total + m * size + w * kLanes, sum[m][w]);
 }
 
-// The queries of a few tokens of one row that share a KV head, and what they have gathered so far.
+template <int M, class T>
+inline void mix(const float* weights, const T* const* values, int64_t count, float* total, int64_t size) {
+  int64_t offset = 0;
+  if constexpr (M <= 3)
+    for (; offset + 4 * kLanes <= size; offset += 4 * kLanes)
+      mix<M, 4>(weights, values, count, offset, total + offset, size);
+  for (; offset < size; offset += 2 * kLanes) mix<M, 2>(weights, values, count, offset, total + offset, size);
+}
+
+// The queries of a few tokens of one row, for some of the KV heads, and what they have gathered so far.
 template <class T>
 class Lines {
  public:
-  Lines(const Attention<T>& attention, int64_t most)
-      : a(attention), folds(a.heads / a.kv_heads), key_size(padded(a.key_size, kLanes)),
+  // `most`: tokens at a time. `heads`: KV heads at a time.
+  Lines(const Attention<T>& attention, int64_t most, int64_t heads)
+      : a(attention), folds(a.heads / a.kv_heads), both(a.key_size + a.value_size), key_size(padded(a.key_size, kLanes)),
         value_size(padded(a.value_size, 2 * kLanes)),
-        direct(key_size == a.key_size && value_size == a.value_size),
-        query(most * key_size), scores(most * kChunk), total(most * value_size), peak(most), mass(most),
-        copied(direct ? 0 : kChunk * (key_size + value_size), T(0)) {}
+        direct(key_size == a.key_size && value_size == a.value_size), states(heads),
+        scores(most * folds * kChunk), copied(direct ? 0 : kChunk * (key_size + value_size), T(0)) {
+    for (State& state : states) {
+      state.query.resize(most * folds * key_size);
+      state.total.resize(most * folds * value_size);
+      state.peak.resize(most * folds);
+      state.mass.resize(most * folds);
+    }
+  }
 
-  void run(int64_t first, int64_t last, int64_t head) {
-    begin(first, last, head);
+  // Tokens [first, last) with KV heads [low, high).
+  void run(int64_t first, int64_t last, int64_t low, int64_t high) {
+    this->first = first, this->last = last, this->low = low, this->high = high;
+    for (int64_t head = low; head < high; ++head) begin(head);
     int64_t start = std::numeric_limits<int64_t>::max(), stop = 0;
     for (int64_t token = first; token < last; ++token) {
       start = std::min(start, oldest(token));
       stop = std::max(stop, shared(token));
     }
-    for (int64_t chunk = start / kChunk * kChunk; chunk < stop; chunk += kChunk) {
-      gather(last - 1, head, chunk, std::min(stop, chunk + kChunk));  // which knows the most
-      attend(first, first, last, chunk, false);
-    }
+    walk(last - 1, start / kChunk * kChunk, stop, first, last, false);  // the last knows the most
     for (int64_t token = first; token < last; ++token)  // the rest of a guess's list is its own
-      for (int64_t chunk = std::max(shared(token), oldest(token) / kChunk * kChunk); chunk < end(token); chunk += kChunk) {
-        gather(token, head, chunk, std::min(end(token), chunk + kChunk));
-        attend(first, token, token + 1, chunk, true);
-      }
-    finish(first, last, head);
+      walk(token, std::max(shared(token), oldest(token) / kChunk * kChunk), end(token), token, token + 1, true);
+    for (int64_t head = low; head < high; ++head) finish(head);
   }
 
  private:
+  struct State {  // of one KV head
+    std::vector<float> query, total, peak, mass;
+  };
+
   const Attention<T>& a;
-  int64_t folds, key_size, value_size;
+  int64_t folds, both, key_size, value_size;
   bool direct;  // the pool's own memory can be read
-  std::vector<float> query, scores, total, peak, mass;
+  std::vector<State> states;
+  std::vector<float> scores;
   std::vector<T> copied;  // padded with zeros
+  int64_t first = 0, last = 0, low = 0, high = 0;
+  int64_t slots[kChunk], ahead[kChunk];
   const T* keys[kChunk + 3];
   const T* values[kChunk];
-  int64_t count = 0;  // of keys
+  int64_t count = 0, coming = 0, fetched = 0;  // keys in this chunk, in the next, and of those the ones on their way
 
   int64_t end(int64_t token) const { return a.known[token] + a.guessed(token); }
   int64_t oldest(int64_t token) const { return a.window > 0 ? std::max<int64_t>(0, end(token) - a.window) : 0; }
@@ -141,100 +167,122 @@ class Lines {
     return a.guessed(token) > 0 ? a.known[token] / kChunk * kChunk : a.known[token];
   }
 
-  void begin(int64_t first, int64_t last, int64_t head) {
+  void begin(int64_t head) {
+    State& state = states[head - low];
     const int64_t lines = (last - first) * folds;
-    std::fill_n(query.begin(), lines * key_size, 0.0f);
-    std::fill_n(total.begin(), lines * value_size, 0.0f);
-    std::fill_n(peak.begin(), lines, -std::numeric_limits<float>::infinity());
-    std::fill_n(mass.begin(), lines, 0.0f);
+    std::fill_n(state.query.begin(), lines * key_size, 0.0f);
+    std::fill_n(state.total.begin(), lines * value_size, 0.0f);
+    std::fill_n(state.peak.begin(), lines, -std::numeric_limits<float>::infinity());
+    std::fill_n(state.mass.begin(), lines, 0.0f);
     for (int64_t line = 0; line < lines; ++line) {
       const T* from = a.query + ((first + line / folds) * a.heads + head * folds + line % folds) * a.key_size;
-      for (int64_t d = 0; d < a.key_size; ++d) query[line * key_size + d] = static_cast<float>(from[d]) * a.scale;
+      for (int64_t d = 0; d < a.key_size; ++d) state.query[line * key_size + d] = static_cast<float>(from[d]) * a.scale;
     }
   }
 
-  // Points at the keys and values of positions [from, to) of a token's list.
-  void gather(int64_t token, int64_t head, int64_t from, int64_t to) {
-    count = to - from;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = a.slot(token, from + i);
-      const T* both = a.pool + (slot * a.kv_heads + head) * (a.key_size + a.value_size);
-      keys[i] = both;
-      values[i] = both + a.key_size;
-      if (direct) {
-        constexpr int64_t line = 64 / sizeof(T);  // of the cache
-        for (int64_t d = 0; d < a.key_size + a.value_size; d += line) __builtin_prefetch(both + d);
+  // Positions [start, stop) of one token's list are looked at by the lines of tokens [from, to).
+  void walk(int64_t token, int64_t start, int64_t stop, int64_t from, int64_t to, bool own) {
+    coming = 0;
+    for (int64_t chunk = start; chunk < stop; chunk += kChunk) {
+      count = std::min(stop - chunk, kChunk);
+      if (coming > 0) {
+        std::copy_n(ahead, count, slots);
       } else {
-        T* to = copied.data() + i * (key_size + value_size);
-        std::copy_n(keys[i], a.key_size, to);
-        std::copy_n(values[i], a.value_size, to + key_size);
-        keys[i] = to;
-        values[i] = to + key_size;
+        a.locate(token, chunk, chunk + count, slots);
+        for (int64_t i = 0; i < count; ++i) prefetch(slots[i]);
       }
+      coming = std::clamp<int64_t>(stop - chunk - count, 0, kChunk);
+      a.locate(token, chunk + count, chunk + count + coming, ahead);
+      fetched = 0;
+      for (int64_t head = low; head < high; ++head) {
+        gather(head);
+        attend(states[head - low], head, from, to, chunk, own);
+      }
+    }
+  }
+
+  const T* at(int64_t slot, int64_t head) const { return a.pool + (slot * a.kv_heads + head) * both; }
+
+  void prefetch(int64_t slot) const {
+    constexpr int64_t line = 64 / sizeof(T);  // of the cache
+    for (const T* from = at(slot, low); from < at(slot, high); from += line) __builtin_prefetch(from);
+  }
+
+  // Points at the keys and values of the chunk.
+  void gather(int64_t head) {
+    for (int64_t i = 0; i < count; ++i) {
+      keys[i] = at(slots[i], head);
+      values[i] = keys[i] + a.key_size;
+      if (direct) continue;
+      T* to = copied.data() + i * (key_size + value_size);
+      std::copy_n(keys[i], a.key_size, to);
+      std::copy_n(values[i], a.value_size, to + key_size);
+      keys[i] = to;
+      values[i] = to + key_size;
     }
     for (int64_t i = count; i < padded(count, 4); ++i) keys[i] = keys[count - 1];
   }
 
   // The lines of tokens [from, to) look at the gathered keys, which begin at position `chunk`.
-  void attend(int64_t first, int64_t from, int64_t to, int64_t chunk, bool own) {
+  void attend(State& state, int64_t head, int64_t from, int64_t to, int64_t chunk, bool own) {
     const int64_t begin = (from - first) * folds, lines = (to - from) * folds;
-    float* s = scores.data() + begin * kChunk;
+    const float* query = &state.query[begin * key_size];
+    float* s = scores.data();
     for (int64_t key = 0; key < count; key += 4) {
+      for (int64_t to_fetch = ((head - low) * count + key + 4) * coming / ((high - low) * count); fetched < to_fetch; ++fetched)
+        prefetch(ahead[fetched]);
       int64_t line = 0;
-      for (; line + 3 <= lines; line += 3)
-        dots<3>(&query[(begin + line) * key_size], key_size, keys + key, s + line * kChunk + key);
-      for (; line < lines; ++line)
-        dots<1>(&query[(begin + line) * key_size], key_size, keys + key, s + line * kChunk + key);
+      for (; line + 3 <= lines; line += 3) dots<3>(query + line * key_size, key_size, keys + key, s + line * kChunk + key);
+      for (; line < lines; ++line) dots<1>(query + line * key_size, key_size, keys + key, s + line * kChunk + key);
     }
     bool any = false;
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t token = from + line / folds, to_see = own ? end(token) : shared(token);
-      const int64_t low = std::clamp<int64_t>(oldest(token) - chunk, 0, kChunk);
-      const int64_t high = std::clamp<int64_t>(to_see - chunk, 0, count);
-      any |= soften(begin + line, low, high);
+      const int64_t lowest = std::clamp<int64_t>(oldest(token) - chunk, 0, kChunk);
+      const int64_t highest = std::clamp<int64_t>(to_see - chunk, 0, count);
+      any |= soften(state, begin + line, s + line * kChunk, lowest, highest);
     }
     if (!any) return;
-    for (int64_t d = 0; d < value_size; d += 2 * kLanes) {
-      int64_t line = 0;
-      float* to_add = &total[begin * value_size + d];
-      for (; line + 6 <= lines; line += 6) mix<6>(s + line * kChunk, values, count, d, to_add + line * value_size, value_size);
-      for (; line + 3 <= lines; line += 3) mix<3>(s + line * kChunk, values, count, d, to_add + line * value_size, value_size);
-      for (; line < lines; ++line) mix<1>(s + line * kChunk, values, count, d, to_add + line * value_size, value_size);
-    }
+    float* total = &state.total[begin * value_size];
+    int64_t line = 0;
+    for (; line + 6 <= lines; line += 6) mix<6>(s + line * kChunk, values, count, total + line * value_size, value_size);
+    for (; line + 3 <= lines; line += 3) mix<3>(s + line * kChunk, values, count, total + line * value_size, value_size);
+    for (; line < lines; ++line) mix<1>(s + line * kChunk, values, count, total + line * value_size, value_size);
   }
 
-  // Turns a line's scores into weights, 0 outside [low, high), and rescales what it has; whether it sees anything.
-  bool soften(int64_t line, int64_t low, int64_t high) {
-    float* s = &scores[line * kChunk];
-    if (low >= high) {
+  // Turns a line's scores into weights, 0 outside [from, to), and rescales what it has; whether it sees anything.
+  bool soften(State& state, int64_t line, float* s, int64_t from, int64_t to) {
+    if (from >= to) {
       std::fill_n(s, kChunk, 0.0f);
       return false;
     }
     if (a.softcap > 0)
-      for (int64_t i = low; i < high; ++i) s[i] = std::tanh(s[i] / a.softcap) * a.softcap;
-    std::fill(s, s + low, -std::numeric_limits<float>::infinity());
-    std::fill(s + high, s + kChunk, -std::numeric_limits<float>::infinity());
+      for (int64_t i = from; i < to; ++i) s[i] = std::tanh(s[i] / a.softcap) * a.softcap;
+    std::fill(s, s + from, -std::numeric_limits<float>::infinity());
+    std::fill(s + to, s + kChunk, -std::numeric_limits<float>::infinity());
     vfloat top = load(s);
     for (int64_t i = kLanes; i < kChunk; i += kLanes) top = larger(top, load(s + i));
-    const float higher = std::max(peak[line], largest(top));
+    const float higher = std::max(state.peak[line], largest(top));
     vfloat weight = vfloat{};
     for (int64_t i = 0; i < kChunk; i += kLanes) {
       const vfloat e = exponential(load(s + i) - higher);
       store(s + i, e);
       weight += e;
     }
-    const float shrink = std::exp(peak[line] - higher);
-    mass[line] = mass[line] * shrink + sum(weight);
+    const float shrink = std::exp(state.peak[line] - higher);
+    state.mass[line] = state.mass[line] * shrink + sum(weight);
     if (shrink != 1.0f)
-      for (int64_t d = 0; d < value_size; ++d) total[line * value_size + d] *= shrink;
-    peak[line] = higher;
+      for (int64_t d = 0; d < value_size; ++d) state.total[line * value_size + d] *= shrink;
+    state.peak[line] = higher;
     return true;
   }
 
-  void finish(int64_t first, int64_t last, int64_t head) {
+  void finish(int64_t head) {
+    const State& state = states[head - low];
     for (int64_t line = 0; line < (last - first) * folds; ++line) {
       T* to = a.out + ((first + line / folds) * a.heads + head * folds + line % folds) * a.value_size;
-      for (int64_t d = 0; d < a.value_size; ++d) to[d] = static_cast<T>(total[line * value_size + d] / mass[line]);
+      for (int64_t d = 0; d < a.value_size; ++d)
+        to[d] = static_cast<T>(state.total[line * value_size + d] / state.mass[line]);
     }
   }
 };
@@ -247,14 +295,18 @@ void attend(const Attention<T>& a) {
     for (last = first + 1; last < a.tokens && last < first + most && a.row[last] == a.row[first];) ++last;
     blocks.emplace_back(first, last);
   }
-  const int64_t tasks = static_cast<int64_t>(blocks.size()) * a.kv_heads;
+  const int64_t threads = at::get_num_threads(), size = static_cast<int64_t>(blocks.size());
+  const int64_t chunk = kChunk * (a.key_size + a.value_size) * static_cast<int64_t>(sizeof(T));
+  const int64_t near = std::clamp<int64_t>(kAhead / chunk, 1, a.kv_heads);  // so that a chunk stays near for them all
+  const int64_t heads = size * (a.kv_heads / near) < 4 * threads ? 1 : near, groups = (a.kv_heads + heads - 1) / heads;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t begin, int64_t end) {
-    Lines<T> lines(a, most * folds);
+  at::parallel_for(0, std::min(threads, size * groups), 1, [&](int64_t begin, int64_t end) {
+    Lines<T> lines(a, most, heads);
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task; (task = next++) < tasks;) {
-        const auto& block = blocks[blocks.size() - 1 - task / a.kv_heads];
-        lines.run(block.first, block.second, task % a.kv_heads);
+      for (int64_t task; (task = next++) < size * groups;) {
+        const auto& block = blocks[size - 1 - task / groups];
+        const int64_t low = task % groups * heads;
+        lines.run(block.first, block.second, low, std::min(low + heads, a.kv_heads));
       }
   });
 }
