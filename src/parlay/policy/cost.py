@@ -1,0 +1,260 @@
+"""What a step costs, in seconds: profiles as they are saved, how they are fitted, and how they are kept true.
+
+T = verify(rows, new tokens, context tokens) + draft(levels, rows, guesses, context tokens) for every active drafter
++ host(rows, guesses). SmartSpec (arXiv 2406.14066) has the same linear terms; here the term in new tokens is a curve
+through knots, since real passes cost a staircase, and no coefficient is negative, since more work never takes less
+time (the published coefficients, fitted without that, charge less for more rows).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from parlay.policy.trees import Floats, Ints
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyCost:
+    """One pass of the target.
+
+    Attributes:
+        knots: Numbers of new tokens, rising.
+        seconds: What a pass over so many takes, before rows and context; between knots, and beyond them, along lines.
+        per_row: Seconds for every row.
+        per_context: Seconds for every token in KV that is attended to.
+    """
+
+    knots: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_row: float = 0.0
+    per_context: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.knots or len(self.knots) != len(self.seconds):
+            raise ValueError("knots, seconds: must be equally many, and at least one")
+        if any(a >= b for a, b in itertools.pairwise(self.knots)):
+            raise ValueError("knots: must rise")
+
+    @classmethod
+    def linear(cls, fixed: float, per_token: float, per_row: float = 0.0, per_context: float = 0.0) -> VerifyCost:
+        return cls((0, 1), (fixed, fixed + per_token), per_row, per_context)
+
+    def __call__(self, new: Floats | Ints | float, rows: float, context: float) -> Floats:
+        """Seconds of a pass over so many new tokens (any shape) of so many rows with so much context in all."""
+        n = np.asarray(new, dtype=np.float64)
+        knots, seconds = self.knots, self.seconds
+        curve = np.interp(n, knots, seconds)
+        if len(knots) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (knots[-1] - knots[-2])
+            curve = curve + slope * np.maximum(0.0, n - knots[-1])
+        return curve + (self.per_row * rows + self.per_context * context)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCost:
+    """A drafter's part of a step in which it is used; zero for guesses that cost next to nothing.
+
+    Attributes:
+        per_step: Seconds once a step.
+        per_level: Seconds for every level of guesses, whatever its width.
+        per_row: Seconds for every row it guesses for.
+        per_guess: Seconds for every guess.
+        per_context: Seconds for every token in the KV of those rows.
+        per_catch_up: Seconds for every known token that it has not read yet.
+    """
+
+    per_step: float = 0.0
+    per_level: float = 0.0
+    per_row: float = 0.0
+    per_guess: float = 0.0
+    per_context: float = 0.0
+    per_catch_up: float = 0.0
+
+    def __call__(self, levels: float, rows: float, guesses: float, context: float) -> float:
+        fixed = self.per_step + self.per_level * levels
+        return fixed + self.per_row * rows + self.per_guess * guesses + self.per_context * context
+
+
+@dataclass(frozen=True, slots=True)
+class HostCost:
+    """Scheduling, choosing and committing tokens, detokenising."""
+
+    per_step: float = 0.0
+    per_row: float = 0.0
+    per_guess: float = 0.0
+
+    def __call__(self, rows: float, guesses: float) -> float:
+        return self.per_step + self.per_row * rows + self.per_guess * guesses
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The measured costs of one model on one machine, as a readable file.
+
+    Attributes:
+        hardware: What ran it.
+        model: What was run.
+        dtype: In which type.
+        verify: The target's pass.
+        drafts: Drafters by method.
+        host: The rest.
+        notes: Where the numbers come from.
+    """
+
+    hardware: str
+    model: str
+    dtype: str
+    verify: VerifyCost
+    drafts: Mapping[str, DraftCost] = field(default_factory=dict)
+    host: HostCost = HostCost()
+    notes: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a stored profile is found by."""
+        return f"{self.hardware} {self.model} {self.dtype}"
+
+    def draft(self, method: str) -> DraftCost:
+        """Of a drafter that the profile does not know: nothing."""
+        return self.drafts.get(method, DraftCost())
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: naming the file and what is wrong with it.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            verify = found.pop("verify")
+            curve = VerifyCost(**{**verify, "knots": tuple(verify["knots"]), "seconds": tuple(verify["seconds"])})
+            drafts = {name: DraftCost(**cost) for name, cost in found.pop("drafts", {}).items()}
+            host = HostCost(**found.pop("host", {}))
+            return cls(**found, verify=curve, drafts=drafts, host=host)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a profile: {error}") from error
+
+
+# ---- fitting --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted pass and its relative errors on what it was fitted to, or on shapes that were held out."""
+
+    cost: VerifyCost
+    median_error: float
+    worst_error: float
+
+
+def fit_verify(new: Ints, rows: Ints, context: Ints, seconds: Floats, knots: Sequence[int]) -> Fit:
+    """Fits a pass to measurements, one per entry: least squares of the relative error, no coefficient negative.
+
+    The curve through the knots is written as a sum of rising parts, one between every two knots, so that coefficients
+    that are not negative make it one that never falls.
+    """
+    knots = sorted({0, *knots})
+    parts = [np.ones(len(new))]
+    for low, high in itertools.pairwise(knots):
+        top = np.inf if high == knots[-1] else 1.0
+        parts.append(np.clip((new - low) / (high - low), 0.0, top))
+    features = np.stack([*parts, rows, context], axis=1) / seconds[:, None]
+    *steps, per_row, per_context = nonnegative_least_squares(features, np.ones(len(seconds)))
+    levels = np.cumsum(steps)
+    cost = VerifyCost(tuple(knots), tuple(map(float, levels)), float(per_row), float(per_context))
+    return Fit(cost, *relative_errors(cost, new, rows, context, seconds))
+
+
+def relative_errors(cost: VerifyCost, new: Ints, rows: Ints, context: Ints, seconds: Floats) -> tuple[float, float]:
+    """Median and worst of |predicted / measured - 1|."""
+    base = cost(new, 0, 0) + cost.per_row * rows + cost.per_context * context
+    error = np.abs(base / seconds - 1)
+    return float(np.median(error)), float(error.max())
+
+
+def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
+    """argmin |a x - b| over x >= 0, by the active-set method of Lawson and Hanson (1974, Chapter 23).
+
+    Args:
+        a: [equations, unknowns].
+        b: [equations].
+    """
+    scale = np.linalg.norm(a, axis=0)
+    scale[scale == 0] = 1.0
+    a = a / scale  # columns in very different units
+    free = np.zeros(a.shape[1], dtype=bool)
+    x = np.zeros(a.shape[1])
+    for _ in range(3 * a.shape[1]):
+        gradient = a.T @ (b - a @ x)
+        candidates = np.where(free, -np.inf, gradient)
+        if candidates.max() <= 1e-10 * np.linalg.norm(b):
+            break
+        free[np.argmax(candidates)] = True
+        while True:
+            trial = np.zeros_like(x)
+            trial[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
+            if (trial[free] > 0).all():
+                break
+            falling = free & (trial <= 0)
+            step = np.min(x[falling] / np.maximum(x[falling] - trial[falling], 1e-300))
+            x = x + step * (trial - x)
+            free &= x > 1e-14
+            x[~free] = 0.0
+        x = trial
+    return x / scale
+
+
+# ---- while serving --------------------------------------------------------------------------------------------------
+
+
+class LiveScale:
+    """How much slower than its profile a part runs now, learnt from every step.
+
+    The logarithm of measured over predicted time is followed by a moving average. What lies more than three spreads
+    off counts as three, so that one hiccup moves nothing, while a machine that has become slower is believed after a
+    few steps, as the spread grows with what it sees.
+
+    Args:
+        memory: Steps after which a change is believed by two thirds.
+    """
+
+    def __init__(self, memory: float = 20.0) -> None:
+        self._rate = 1.0 / memory
+        self._log = 0.0
+        self._spread = 0.1  # of the logarithm
+
+    @property
+    def factor(self) -> float:
+        return math.exp(self._log)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the relative error of a prediction."""
+        return self._spread
+
+    def interval(self, predicted: float, deviations: float = 1.96) -> tuple[float, float]:
+        """Where a step is expected that the profile says takes so long; 95% of them by default."""
+        wide = math.exp(deviations * self._spread)
+        return predicted * self.factor / wide, predicted * self.factor * wide
+
+    def observe(self, predicted: float, measured: float) -> None:
+        """Learns from a step; predicted is what the profile says, without the factor."""
+        if predicted <= 0 or measured <= 0:
+            return
+        error = math.log(measured / predicted) - self._log
+        limit = 3 * self._spread
+        clipped = min(max(error, -limit), limit)
+        self._log += self._rate * clipped
+        # The mean absolute deviation of a normal variable is 0.8 of its standard deviation.
+        self._spread = max(0.01, self._spread + self._rate * (1.25 * abs(clipped) - self._spread))
