@@ -204,6 +204,9 @@ class Tree:
         return Tree(tuple(renumbered[self.parents[node]] for node in renumbered if node >= 0))
 
 
+NO_TREE = Tree(())
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One live request in one step: which known tokens run now, and how deep guesses may go after them."""
@@ -234,11 +237,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one drafter could bet on one row. `tokens` only where the guesses are deterministic."""
+    """What one drafter could bet on one row.
+
+    Attributes:
+        method: The drafter's name.
+        tree: The largest tree that it could fill.
+        tokens: The guesses themselves, only where they are deterministic.
+        confidence: The drafter's own estimate for each node that it is accepted if its parent is, where it has one.
+        catch_up: Known tokens that the drafter would have to read first.
+    """
 
     method: str
     tree: Tree
     tokens: tuple[int, ...] | None = None
+    confidence: tuple[float, ...] | None = None
+    catch_up: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,11 +283,15 @@ class RowResult:
     """What one row got out of a step."""
 
     method: str | None
-    drafted: int  # guesses that were verified
+    tree: Tree  # of the guesses that were verified
     accepted: tuple[int, ...]  # tree nodes on the accepted path, root side first
     emitted: tuple[int, ...]  # accepted tokens and the one after them; empty while known tokens remain
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def drafted(self) -> int:
+        return len(self.tree)
 
 
 @dataclass(frozen=True, slots=True)

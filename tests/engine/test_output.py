@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from parlay.engine.output import OutputStream
 from parlay.engine.tokenizer import Tokenizer
-from parlay.types import Delta, Request, RowResult, SamplingParams
+from parlay.types import NO_TREE, Delta, Request, RowResult, SamplingParams
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = Tokenizer(tiny_tokenizer(), max_model_len=256)
@@ -27,7 +27,7 @@ def feed(out: OutputStream, tokens: list[int], sizes: list[int]) -> list[Delta]:
     at = 0
     while at < len(tokens) and not (deltas and deltas[-1].finish_reason):
         size = sizes[len(deltas) % len(sizes)]
-        deltas.append(out.take(RowResult(None, 0, (), tuple(tokens[at : at + size]))))
+        deltas.append(out.take(RowResult(None, NO_TREE, (), tuple(tokens[at : at + size]))))
         at += size
     return deltas
 

@@ -24,7 +24,7 @@ import torch
 
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import Draws, Path, argmax, process
-from parlay.types import Row, RowResult, TokenLogprobs
+from parlay.types import NO_TREE, Row, RowResult, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ class Acceptor:
         return tuple(
             RowResult(
                 method=walk.draft.method if walk.draft else None,
-                drafted=len(walk.draft.tree) if walk.draft else 0,
+                tree=walk.draft.tree if walk.draft else NO_TREE,
                 accepted=tuple(walk.accepted),
                 emitted=tuple(walk.emitted),
                 logprobs=logprobs.get(walk.row.seq, ()),

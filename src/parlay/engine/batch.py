@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parlay.types import Row, Tree
-
-NO_TREE = Tree(())
+from parlay.types import NO_TREE, Row, Tree
 
 
 @dataclass(frozen=True, slots=True)

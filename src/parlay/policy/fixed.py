@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from parlay.policy.trees import overlap, subtree
-from parlay.types import Bet, Offer, Row, StepPlan, StepResult, Tree
+from parlay.types import NO_TREE, Bet, Offer, Row, StepPlan, StepResult, Tree
 
 
 class Off:
@@ -34,7 +34,7 @@ class Fixed:
         bets: list[Bet | None] = []
         for row, some in zip(rows, offers, strict=True):
             offer = next((offer for offer in some if offer.method == self.method), None)
-            tree = Tree(())
+            tree = NO_TREE
             if offer is not None:
                 nodes = overlap(offer.tree, self.tree)
                 tree = subtree(offer.tree, nodes).trim(budget, row.max_depth)
