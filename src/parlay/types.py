@@ -60,6 +60,8 @@ class SamplingParams:
         prompt_logprobs: The same for prompt tokens; such a request takes no prefix hit.
         speculation: "off" never guesses for this request, "auto" lets the policy decide, "max" asks for the
             lowest latency of this request.
+        target_tpot_ms: Milliseconds per output token that a policy which can should keep this request under, before it
+            thinks of tokens per second.
         verification: Force a lossless verification mode; None picks greedy at temperature 0, coupled with a seed,
             optimal otherwise.
         skip_special_tokens: Leave special tokens out of the text.
@@ -83,6 +85,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     speculation: Speculation = "auto"
+    target_tpot_ms: float | None = None
     verification: Literal["optimal", "coupled"] | None = None
     skip_special_tokens: bool = True
 
@@ -124,6 +127,7 @@ class SamplingParams:
             self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
         )
         _require(self.speculation in ("off", "auto", "max"), "speculation", 'must be "off", "auto" or "max"')
+        _require(self.target_tpot_ms is None or 0 < self.target_tpot_ms < math.inf, "target_tpot_ms", "must be above 0")
         _require(
             self.verification in (None, "optimal", "coupled"), "verification", 'must be "optimal", "coupled" or None'
         )
@@ -226,6 +230,16 @@ class Row:
     def samples(self) -> bool:
         """Whether this step reaches the last known token, so that something is emitted."""
         return self.start + self.count == self.length
+
+    @property
+    def speculation(self) -> Speculation:
+        return self.request.params.speculation
+
+    @property
+    def target_tpot(self) -> float | None:
+        """Seconds per output token that the request wants to stay under."""
+        milliseconds = self.request.params.target_tpot_ms
+        return None if milliseconds is None else milliseconds / 1000
 
     @property
     def prompt_reads(self) -> range:

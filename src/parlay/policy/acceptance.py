@@ -133,6 +133,12 @@ class MethodAcceptance:
                 if count:
                     counts[rank] = keep * count
 
+    def fade(self, seq: int) -> None:
+        """A step without guesses of this method: what a request did long ago says less and less of it."""
+        if seq in self._rows:
+            accepted, expected = self._rows[seq]
+            self._rows[seq] = 0.99 * accepted, 0.99 * expected
+
     def forget(self, seq: int) -> None:
         """A request has ended."""
         self._rows.pop(seq, None)

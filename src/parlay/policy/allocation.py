@@ -203,6 +203,12 @@ def _drafting(methods: Sequence[Candidates], open_to: Sequence[Ints], order: Int
     return total
 
 
+def no_bets(methods: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats) -> Allocation:
+    """The allocation that buys nothing."""
+    none = tuple(np.zeros(len(method.value), dtype=bool) for method in methods)
+    return Allocation(np.full(num_rows, -1), none, certain, float(seconds[0]))
+
+
 def best_rate(
     methods: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats, start: float = 0.0, rounds: int = 4
 ) -> Allocation:
@@ -216,8 +222,7 @@ def best_rate(
         start: A price near the answer, such as the last one; that of no guess is used where it is higher.
         rounds: At most so many prices are tried; two are enough from a good start.
     """
-    none = tuple(np.zeros(len(method.value), dtype=bool) for method in methods)
-    best = Allocation(np.full(num_rows, -1), none, certain, float(seconds[0]))
+    best = no_bets(methods, num_rows, certain, seconds)
     price, lines = max(start, certain / float(seconds[0])), LINES
     for _ in range(rounds):
         found = allocate(methods, num_rows, certain, seconds, price, lines)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from parlay.policy.base import PolicyRow
 from parlay.policy.trees import overlap, subtree
-from parlay.types import NO_TREE, Bet, Offer, Row, StepPlan, StepResult, Tree
+from parlay.types import NO_TREE, Bet, Offer, StepPlan, StepResult, Tree
 
 
 class Off:
     """Never bets."""
 
-    def plan(self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         return StepPlan((None,) * len(rows))
 
-    def observe(self, rows: Sequence[Row], result: StepResult) -> None:
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass
 
 
@@ -30,7 +31,7 @@ class Fixed:
         self.method = method
         self.tree = tree
 
-    def plan(self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         bets: list[Bet | None] = []
         for row, some in zip(rows, offers, strict=True):
             offer = next((offer for offer in some if offer.method == self.method), None)
@@ -42,5 +43,5 @@ class Fixed:
             bets.append(Bet(self.method, tree) if tree else None)
         return StepPlan(tuple(bets))
 
-    def observe(self, rows: Sequence[Row], result: StepResult) -> None:
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass

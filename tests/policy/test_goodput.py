@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from parlay.policy import trees
+from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
+from parlay.policy.goodput import Goodput
+from parlay.types import NO_TREE, Bet, Offer, RowResult, StepPlan, StepResult, Tree
+from tests.policy.rows import FakeRow
+from tests.policy.test_acceptance import walk
+
+IDLE = VerifyCost((1, 16, 64, 256), (0.010, 0.011, 0.020, 0.080))  # the first guesses are nearly free, many are not
+PROFILE = Profile("m", "m", "f", IDLE, {"draft_model": DraftCost(per_level=0.001)}, HostCost(per_row=1e-5))
+CHAIN = Tree.chain(6)
+
+
+class Machine:
+    """Runs steps of a policy on a machine that costs what a profile says, times a factor, with known acceptance."""
+
+    def __init__(self, policy: Goodput, accept: dict[str, float], profile: Profile = PROFILE) -> None:
+        self.policy, self.accept, self.profile = policy, accept, profile
+        self.slower, self.rng = 1.0, np.random.default_rng(0)
+        self.tokens, self.seconds = 0, 0.0
+
+    def step(self, rows: Sequence[FakeRow], offers: Sequence[Offer], budget: int = 256) -> StepPlan:
+        plan = self.policy.plan(rows, [list(offers)] * len(rows), budget)
+        results = [self._result(bet) for bet in plan.bets]
+        guesses = sum(len(got.tree) for got in results)
+        verify = self.profile.verify(
+            sum(row.count for row in rows) + guesses, len(rows), sum(row.start + row.count for row in rows)
+        )
+        draft = sum(
+            self.profile.draft(name)(
+                max(len(got.tree) for got in mine), len(mine), sum(len(got.tree) for got in mine), 0
+            )
+            for name in {got.method for got in results if got.method}
+            if (mine := [got for got in results if got.method == name])
+        )
+        host = self.profile.host(len(rows), guesses)
+        seconds = {"verify": float(verify), "draft": draft, "accept": host}
+        seconds = {part: self.slower * time for part, time in seconds.items()}
+        self.policy.observe(rows, StepResult(tuple(results), seconds))
+        self.tokens += sum(len(got.emitted) for got in results)
+        self.seconds += sum(seconds.values())
+        return plan
+
+    def _result(self, bet: Bet | None) -> RowResult:
+        if bet is None:
+            return RowResult(None, NO_TREE, (), (0,))
+        path = walk(bet.tree, np.array([self.accept[bet.method], 0.05]), self.rng)
+        return RowResult(bet.method, bet.tree, tuple(path), (0,) * (len(path) + 1))
+
+    def rate(self) -> float:
+        rate = self.tokens / self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        return rate
+
+
+def rows(count: int) -> list[FakeRow]:
+    return [FakeRow(seq) for seq in range(count)]
+
+
+def guesses(plan: StepPlan) -> int:
+    return sum(len(bet.tree) for bet in plan.bets if bet is not None)
+
+
+def test_it_bets_when_idle_and_not_when_busy() -> None:
+    machine = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.7,)}), {"prompt_lookup": 0.7})
+    offer = [Offer("prompt_lookup", CHAIN)]
+    alone = [machine.step(rows(1), offer) for _ in range(50)]
+    assert guesses(alone[-1]) >= 4
+    crowded = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.3,)}), {"prompt_lookup": 0.3})
+    plans = [crowded.step(rows(200), offer, 1000) for _ in range(50)]
+    assert sum(guesses(plan) for plan in plans[10:]) < 0.1 * 40 * 200
+
+
+@pytest.mark.parametrize("accept", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("count", [1, 8, 48])
+def test_it_is_as_fast_as_the_best_fixed_length_and_off(accept: float, count: int) -> None:
+    machine = Machine(Goodput(PROFILE), {"prompt_lookup": accept})
+    for _ in range(150):
+        machine.step(rows(count), [Offer("prompt_lookup", CHAIN)])
+    machine.rate()
+    for _ in range(max(100, 2000 // count)):
+        machine.step(rows(count), [Offer("prompt_lookup", CHAIN)])
+    best = max(
+        count * trees.expected_emitted(Tree.chain(k), np.array([accept]))
+        / (float(PROFILE.verify(count * (k + 1), count, count * 200)) + PROFILE.host(count, 0))
+        for k in range(7)
+    )  # fmt: skip
+    assert machine.rate() > 0.97 * best
+
+
+def test_the_better_method_wins_row_by_row() -> None:
+    machine = Machine(Goodput(PROFILE), {"prompt_lookup": 0.2, "draft_model": 0.9})
+    both = [Offer("prompt_lookup", CHAIN), Offer("draft_model", CHAIN)]
+    plans = [machine.step(rows(8), both) for _ in range(200)]
+    assert {bet.method for bet in plans[-1].bets if bet is not None} == {"draft_model"}
+    machine.accept = {"prompt_lookup": 0.95, "draft_model": 0.1}
+    plans = [machine.step(rows(8), both) for _ in range(600)]
+    used = [bet.method for bet in plans[-1].bets if bet is not None]
+    assert used.count("prompt_lookup") > 6
+
+
+def test_off_ends_when_guesses_become_good_and_costs_little_meanwhile() -> None:
+    policy = Goodput(PROFILE)
+    machine = Machine(policy, {"draft_model": 0.02})
+    offer = [Offer("draft_model", CHAIN)]
+    for _ in range(400):
+        machine.step(rows(4), offer)
+    machine.rate()
+    for _ in range(1000):
+        machine.step(rows(4), offer)
+    off = 4 / (float(PROFILE.verify(4, 4, 804)) + PROFILE.host(4, 0))
+    assert machine.rate() > 0.985 * off
+    machine.accept = {"draft_model": 0.95}
+    plans = [machine.step(rows(4), offer) for _ in range(3000)]
+    assert guesses(plans[-1]) > 8
+
+
+def test_a_machine_that_has_become_slower_is_noticed() -> None:
+    policy = Goodput(PROFILE)
+    machine = Machine(policy, {"prompt_lookup": 0.5})
+    for _ in range(50):
+        machine.step(rows(4), [Offer("prompt_lookup", CHAIN)])
+    machine.slower = 2.0
+    for _ in range(80):
+        machine.step(rows(4), [Offer("prompt_lookup", CHAIN)])
+    assert policy.verify_scale.factor == pytest.approx(2, rel=0.1)
+
+
+def test_what_it_expects_is_what_happens() -> None:
+    policy = Goodput(PROFILE)
+    machine = Machine(policy, {"draft_model": 0.7})
+    for _ in range(100):
+        machine.step(rows(8), [Offer("draft_model", CHAIN)])
+    machine.rate()
+    tokens = seconds = 0.0
+    for _ in range(200):
+        machine.step(rows(8), [Offer("draft_model", CHAIN)])
+        tokens, seconds = tokens + policy.expected.emitted, seconds + policy.expected.seconds
+    assert tokens == pytest.approx(machine.tokens, rel=0.05)
+    assert seconds == pytest.approx(machine.seconds, rel=0.05)
+
+
+def test_wishes_limits_and_rooms_are_respected() -> None:
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (0.9,)})
+    some = [
+        FakeRow(0, speculation="off"), FakeRow(1, max_depth=2), FakeRow(2, samples=False, count=64), FakeRow(3),
+        FakeRow(4, max_depth=0),
+    ]  # fmt: skip
+    plan = policy.plan(some, [[Offer("prompt_lookup", CHAIN)]] * 5, 100)
+    assert [bet is None for bet in plan.bets] == [True, False, True, False, True]
+    assert plan.bets[1] is not None
+    assert plan.bets[1].tree.depth == 2
+    assert guesses(policy.plan(some, [[Offer("prompt_lookup", CHAIN)]] * 5, 3)) <= 3
+    assert guesses(policy.plan(some, [[Offer("prompt_lookup", CHAIN)]] * 5, 0)) == 0
+    assert policy.plan(some[2:3], [[]], 10).bets == (None,)
+    assert policy.plan([], [], 10).bets == ()
+
+
+def test_a_row_that_wants_the_lowest_latency_gets_more() -> None:
+    busy = [FakeRow(seq) for seq in range(64)]
+    offers = [[Offer("prompt_lookup", CHAIN)]] * 64
+    usual = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)}).plan(busy, offers, 256)
+    busy[5] = dataclasses.replace(busy[5], speculation="max")
+    wanted = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)}).plan(busy, offers, 256)
+    assert guesses(StepPlan((wanted.bets[5],))) > guesses(StepPlan((usual.bets[5],)))
+
+
+def test_a_row_with_a_target_is_served_first() -> None:
+    some = [FakeRow(seq) for seq in range(48)]
+    offers = [[Offer("prompt_lookup", CHAIN)]] * 48
+    usual = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)}).plan(some, offers, 256)
+    some[7] = dataclasses.replace(some[7], target_tpot=0.011)
+    wanted = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)}).plan(some, offers, 256)
+    assert guesses(StepPlan((wanted.bets[7],))) > guesses(StepPlan((usual.bets[7],)))
+
+
+def test_beside_a_long_prompt_it_does_not_bet_as_if_time_were_free() -> None:
+    policy = Goodput(PROFILE, priors={"draft_model": (0.5,)})
+    offer = [[Offer("draft_model", Tree.chain(12))]]
+    alone = [policy.plan([FakeRow(0)], offer, 64) for _ in range(5)][-1]
+    prompt = FakeRow(1, start=0, count=512, samples=False)
+    beside = policy.plan([FakeRow(0), prompt], [*offer, []], 64)
+    assert guesses(beside) <= guesses(alone) + 1
+
+
+def test_catching_up_is_paid_for() -> None:
+    cost = DraftCost(per_level=0.0005, per_catch_up=0.001)
+    profile = dataclasses.replace(PROFILE, drafts={"draft_model": cost})
+    for missed, bets in ((0, True), (2000, False)):
+        policy = Goodput(profile, priors={"draft_model": (0.5,)}, probe_share=0.0)
+        plan = policy.plan([FakeRow(0)], [[Offer("draft_model", CHAIN, catch_up=missed)]], 64)
+        assert (guesses(plan) > 0) == bets
+
+
+def test_confidence_decides_between_offers() -> None:
+    policy = Goodput(PROFILE)
+    sure, unsure = (Offer("suffix", Tree.chain(3), confidence=(p,) * 3) for p in (0.95, 0.05))
+    plan = policy.plan([FakeRow(0), FakeRow(1)], [[sure], [unsure]], 64)
+    assert plan.bets[0] is not None
+    assert len(plan.bets[0].tree) == 3
+    assert plan.bets[1] is None or len(plan.bets[1].tree) < 2
+
+
+def test_parts_of_wide_trees_keep_the_order_of_siblings() -> None:
+    policy = Goodput(PROFILE, priors={"draft_model": (0.4, 0.2, 0.1)})
+    tree = trees.by_level([3, 3, 2])
+    plan = policy.plan(rows(6), [[Offer("draft_model", tree)]] * 6, 60)
+    assert guesses(plan) > 6
+    for bet in plan.bets:
+        assert bet is not None
+        assert trees.subtree(tree, trees.overlap(tree, bet.tree)) == bet.tree
