@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from parlay.types import Tree
 LEVELS = 16  # deeper guesses are taken for as good as those of the last level
 RANKS = 8  # children beyond it are taken for never accepted
 CERTAIN = 0.99  # no estimate is higher
+REFRESH = 64  # outcomes may be told apart by an estimate that has not heard of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +35,16 @@ class Trials:
     @classmethod
     def of(cls, tree: Tree, accepted: Sequence[int]) -> Trials:
         """From a verified tree and the nodes of its accepted path, root side first."""
-        if tree.is_chain:
-            path = len(accepted)
-            return cls(
-                tuple((level, 0) for level in range(min(path + 1, len(tree)))),
-                tuple((level, 0) for level in range(path)),
-            )
-        children, ranks = tree.children(), child_ranks(tree)
-        won = tuple((level, int(ranks[node])) for level, node in enumerate(accepted))
-        last = (len(won), len(children.get(accepted[-1] if accepted else -1, ())) - 1)  # whose children all failed
+        ranks, families = _families(tree)
+        won = tuple((level, ranks[node]) for level, node in enumerate(accepted))
+        last = (len(won), families.get(accepted[-1] if accepted else -1, 0) - 1)  # whose children all failed
         return cls(tuple((level, rank) for level, most in (*won, last) for rank in range(most + 1)), won)
+
+
+@lru_cache(maxsize=4096)
+def _families(tree: Tree) -> tuple[list[int], dict[int, int]]:
+    """Every node's rank among its siblings, and how many children every inner node has."""
+    return child_ranks(tree).tolist(), {node: len(some) for node, some in tree.children().items()}
 
 
 class MethodAcceptance:
@@ -73,23 +75,27 @@ class MethodAcceptance:
     ) -> None:
         start = once_tried([*prior, *[0.0] * RANKS][:RANKS])
         self._pool_weight, self._row_weight = pool_weight, row_weight
-        self._keep = 1.0 - 1.0 / memory
+        self._growth = memory / (memory - 1.0)
+        self._weight = 1.0  # of a new outcome: that it grows makes the old ones fade
         self._rank_tried = [pool_weight] * RANKS
         self._rank_accepted = [pool_weight * p for p in start]
         self._tried = [[0.0] * RANKS for _ in range(LEVELS)]
         self._accepted = [[0.0] * RANKS for _ in range(LEVELS)]
         self._rows: dict[int, tuple[float, float]] = {}  # seq -> accepted, expected
         self._pool: Floats | None = None
+        self._unheard = 0  # outcomes that the pool does not show yet
         self.trials = 0  # of all time
 
     @property
     def pool(self) -> Floats:
         """[LEVELS, RANKS]: how likely a guess is accepted once it is tried, for a request like the others."""
-        if self._pool is None:
+        if self._pool is None or self._unheard:
             rank = np.array(self._rank_accepted) / np.array(self._rank_tried)
             tried, accepted = np.array(self._tried), np.array(self._accepted)
-            found = (accepted + self._pool_weight * rank) / (tried + self._pool_weight)
+            prior = self._pool_weight * self._weight
+            found = (accepted + prior * rank) / (tried + prior)
             self._pool = np.minimum(found, CERTAIN)
+            self._unheard = 0
         return self._pool
 
     def factor(self, seq: int) -> float:
@@ -97,41 +103,43 @@ class MethodAcceptance:
         accepted, expected = self._rows.get(seq, (0.0, 0.0))
         return (accepted + self._row_weight) / (expected + self._row_weight)
 
-    def matrix(self, seqs: Sequence[int]) -> Floats:
-        """[requests, LEVELS, RANKS]: the acceptance of each request, a distribution over every node's children."""
+    def matrix(self, seqs: Sequence[int], levels: int = LEVELS, ranks: int = RANKS) -> Floats:
+        """[requests, levels, ranks]: the acceptance of each request, a distribution over every node's children."""
         factors = np.array([self.factor(seq) for seq in seqs])
-        return acceptance(np.minimum(self.pool * factors[:, None, None], CERTAIN))
+        return acceptance(np.minimum(self.pool[:levels, :ranks] * factors[:, None, None], CERTAIN))
 
     def observe(self, seq: int, trials: Trials) -> None:
         """Learns from one row of one step."""
         if not trials.tried:
             return
-        pool, factor = self.pool, self.factor(seq)
+        pool = self._pool if self._pool is not None and self._unheard < REFRESH else self.pool
+        factor = self.factor(seq)
         tried = [(min(level, LEVELS - 1), rank) for level, rank in trials.tried if rank < RANKS]
         won = [(min(level, LEVELS - 1), rank) for level, rank in trials.accepted if rank < RANKS]
-        self._decay(len(won) + 1)
+        self._weight *= self._growth ** (len(won) + 1)
         expected = 0.0
         for level, rank in tried:
             likely = float(pool[level, rank])
-            weight = min(factor, CERTAIN / max(likely, 1e-9))
+            weight = self._weight * min(factor, CERTAIN / max(likely, 1e-9))
             self._rank_tried[rank] += weight
             self._tried[level][rank] += weight
             expected += likely
         for level, rank in won:
-            self._rank_accepted[rank] += 1
-            self._accepted[level][rank] += 1
+            self._rank_accepted[rank] += self._weight
+            self._accepted[level][rank] += self._weight
         before = self._rows.get(seq, (0.0, 0.0))
         fade = 0.98 ** (len(won) + 1)  # a text changes, too
         self._rows[seq] = fade * before[0] + len(won), fade * before[1] + expected
-        self._pool = None
+        self._unheard += 1
         self.trials += len(tried)
+        if self._weight > 1e6:
+            self._rescale()
 
-    def _decay(self, nodes: int) -> None:
-        keep = self._keep**nodes
+    def _rescale(self) -> None:
+        """Brings all counts back to a new outcome's weight of 1."""
         for counts in (self._rank_tried, self._rank_accepted, *self._tried, *self._accepted):
-            for rank, count in enumerate(counts):
-                if count:
-                    counts[rank] = keep * count
+            counts[:] = [count / self._weight for count in counts]
+        self._weight = 1.0
 
     def fade(self, seq: int) -> None:
         """A step without guesses of this method: what a request did long ago says less and less of it."""
@@ -155,6 +163,8 @@ def once_tried(acceptance: Sequence[float]) -> list[float]:
 
 def acceptance(once_tried: Floats) -> Floats:
     """[..., ranks]: how likely each sibling is the accepted one; the inverse of `once_tried`."""
+    if once_tried.shape[-1] == 1:
+        return once_tried
     failed = np.cumprod(1 - once_tried, axis=-1)
     return once_tried * np.concatenate([np.ones_like(failed[..., :1]), failed[..., :-1]], axis=-1)
 

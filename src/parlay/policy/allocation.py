@@ -210,7 +210,13 @@ def no_bets(methods: Sequence[Candidates], num_rows: int, certain: float, second
 
 
 def best_rate(
-    methods: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats, start: float = 0.0, rounds: int = 4
+    methods: Sequence[Candidates],
+    num_rows: int,
+    certain: float,
+    seconds: Floats,
+    start: float = 0.0,
+    rounds: int = 4,
+    lines: Sequence[float] = LINES,
 ) -> Allocation:
     """The guesses with the most tokens per second, by Dinkelbach's method: the rate at one price is the next price.
 
@@ -221,9 +227,10 @@ def best_rate(
         seconds: Time by the number of guesses.
         start: A price near the answer, such as the last one; that of no guess is used where it is higher.
         rounds: At most so many prices are tried; two are enough from a good start.
+        lines: Slopes to price guesses at with the first of them; later ones take the slope that was best.
     """
     best = no_bets(methods, num_rows, certain, seconds)
-    price, lines = max(start, certain / float(seconds[0])), LINES
+    price = max(start, certain / float(seconds[0]))
     for _ in range(rounds):
         found = allocate(methods, num_rows, certain, seconds, price, lines)
         if found.emitted * best.seconds > best.emitted * found.seconds:

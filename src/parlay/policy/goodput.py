@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parlay.policy.acceptance import ConfidenceCurve, MethodAcceptance, Trials
-from parlay.policy.allocation import Allocation, Candidates, allocate, best_rate, no_bets
+from parlay.policy.allocation import LINES, Allocation, Candidates, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import LiveScale, Profile
 from parlay.policy.offers import MethodOffers
@@ -73,6 +73,7 @@ class Goodput:
         self._margin, self._probe_share, self._horizon = margin, probe_share, horizon
         self._betting = False
         self._credit = 0.0  # seconds that may be spent on probes
+        self._line = LINES[0]
         self._rates: dict[int, float] = {}  # the best known, by the number of rows that emit
         self._idle: dict[str, int] = {}  # steps since a method was last bet on
         self._seen: dict[int, int] = {}  # seq -> step
@@ -111,9 +112,9 @@ class Goodput:
     def _offers(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]]) -> list[MethodOffers]:
         by_method: dict[str, list[tuple[int, PolicyRow, Offer]]] = {}
         for index, (row, some) in enumerate(zip(rows, offers, strict=True)):
-            if row.samples and row.max_depth > 0 and row.speculation != "off":
+            if some and row.samples and row.max_depth > 0 and row.speculation != "off":
                 for offer in some:
-                    if offer.tree:
+                    if offer.tree.parents:
                         by_method.setdefault(offer.method, []).append((index, row, offer))
         return [
             MethodOffers.of(
@@ -137,8 +138,12 @@ class Goodput:
         self, candidates: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats, emitting: int
     ) -> Allocation:
         """The best bets beside no prompt, whose rate is the price of time; none where betting does not pay."""
-        known = self._rates.get(emitting)
-        found = best_rate(candidates, num_rows, certain, seconds, known or 0.0, rounds=1 if known else 3)
+        known = self._rates.get(emitting, 0.0)
+        if known and self._step % 16:  # much as in the last step: one price and one line do
+            found = best_rate(candidates, num_rows, certain, seconds, known, rounds=1, lines=(self._line,))
+        else:
+            found = best_rate(candidates, num_rows, certain, seconds, known)
+        self._line = found.line
         rate, off = found.emitted / found.seconds, certain / float(seconds[0])
         self._betting = rate > off * (1.0 if self._betting else 1.0 + self._margin)
         self._rates[emitting] = rate if self._betting else off

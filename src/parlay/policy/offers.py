@@ -12,7 +12,7 @@ from parlay.policy.acceptance import LEVELS, RANKS, ConfidenceCurve, MethodAccep
 from parlay.policy.allocation import Bools, Candidates
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import DraftCost
-from parlay.policy.trees import Floats, Ints, child_ranks, levels, subtree
+from parlay.policy.trees import Floats, Ints, ancestor_mask, child_ranks, subtree
 from parlay.types import Bet, Offer, Tree
 
 UNLIKELY = 0.01  # guesses that survive less often are not looked at
@@ -20,20 +20,38 @@ UNLIKELY = 0.01  # guesses that survive less often are not looked at
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shape:
-    """A tree as arrays, by node."""
+    """A tree as arrays, by node.
+
+    Attributes:
+        depths: From 1.
+        level: Row of an acceptance matrix.
+        rank: Column of it.
+        ancestors: [ancestors, nodes] 1 where a node has this ancestor or is it.
+        size: Levels and ranks that the tree needs.
+    """
 
     depths: Ints
-    rows: Ints  # of an acceptance matrix
-    ranks: Ints  # its columns
-    deeper: tuple[tuple[Ints, Ints], ...]  # nodes of every level but the first, and their parents
+    level: Ints
+    rank: Ints
+    ancestors: Floats
+    size: tuple[int, int]
 
 
 @lru_cache(maxsize=4096)
 def _shape(tree: Tree) -> _Shape:
-    parents, depths = np.array(tree.parents, dtype=np.intp), np.array(tree.depths, dtype=np.intp)
-    ranks = np.minimum(child_ranks(tree), RANKS)
-    deeper = tuple((nodes, parents[nodes]) for nodes in levels(tree)[1:])
-    return _Shape(depths, np.minimum(depths, LEVELS) - 1, ranks, deeper)
+    depths, ranks = np.array(tree.depths), child_ranks(tree)
+    level = np.minimum(depths, LEVELS) - 1
+    size = int(level.max()) + 1, min(int(ranks.max()) + 1, RANKS)
+    return _Shape(depths, level, ranks, ancestor_mask(tree).T.astype(float), size)
+
+
+def _survival(shape: _Shape, matrix: Floats) -> Floats:
+    """[offers, nodes]: products along paths, of acceptances [offers, levels, ranks]."""
+    ranks = matrix.shape[-1]
+    single = matrix[:, shape.level, np.minimum(shape.rank, ranks - 1)]
+    if shape.rank.max() >= ranks:
+        single[:, shape.rank >= ranks] = 0.0
+    return np.exp(np.log(np.maximum(single, 1e-12)) @ shape.ancestors)
 
 
 @lru_cache(maxsize=65536)
@@ -77,31 +95,31 @@ class MethodOffers:
             cost: Of its drafter.
             horizon: Steps over which reading what was missed is spread.
         """
-        matrix = acceptance.matrix([row.seq for _, row, _ in offered])
+        alike: dict[int, list[int]] = {}
+        for place, (_, _, offer) in enumerate(offered):
+            alike.setdefault(id(offer.tree), []).append(place)
+        shapes = [_shape(offered[places[0]][2].tree) for places in alike.values()]
+        deep, wide = (max(sizes) for sizes in zip(*(shape.size for shape in shapes), strict=True))
+        matrix = acceptance.matrix([row.seq for _, row, _ in offered], deep, wide)
         # An optimal subset must take siblings in their order, so none may be worth more than an elder one.
         matrix = np.minimum.accumulate(matrix, axis=-1)
-        matrix = np.concatenate([matrix, np.zeros((*matrix.shape[:2], 1))], axis=-1)
-        alike: dict[Tree, list[int]] = {}
-        for place, (_, _, offer) in enumerate(offered):
-            alike.setdefault(offer.tree, []).append(place)
+        deepest = np.array([row.max_depth for _, row, _ in offered])
         parts: list[tuple[Ints, Ints, Ints, Floats]] = []
-        for tree, places in alike.items():
-            shape, some = _shape(tree), np.array(places)
-            values = matrix[some[:, None], shape.rows, shape.ranks]
+        for shape, places in zip(shapes, alike.values(), strict=True):
+            some = np.array(places)
+            values = _survival(shape, matrix[some])
             for line, place in enumerate(places):
                 if (own := offered[place][2].confidence) is not None:
-                    values[line] = confidence(np.array(own))
-            for nodes, parents in shape.deeper:
-                values[:, nodes] *= values[:, parents]
-            deepest = np.array([offered[place][1].max_depth for place in places])
-            line, node = np.nonzero((values >= UNLIKELY) & (shape.depths <= deepest[:, None]))
+                    values[line] = np.exp(np.log(confidence(np.array(own))) @ shape.ancestors)
+            line, node = np.nonzero((values >= UNLIKELY) & (shape.depths <= deepest[some, None]))
             parts.append((some[line], node, shape.depths[node], values[line, node]))
-        place, node, depth, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-        own = np.array(
-            [cost.per_row + cost.per_context * row.start + cost.per_catch_up * offer.catch_up / horizon
-             for _, row, offer in offered]
-        )  # fmt: skip
+        columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
+        place, node, depth, value = columns
         rows = np.array([index for index, _, _ in offered])
+        own = np.full(len(offered), cost.per_row)
+        if cost.per_context or cost.per_catch_up:
+            own += cost.per_context * np.array([row.start for _, row, _ in offered])
+            own += cost.per_catch_up / horizon * np.array([offer.catch_up for _, _, offer in offered])
         candidates = Candidates(rows, own, place, depth, value, cost)
         return cls(offered[0][2].method, rows, tuple(offer.tree for _, _, offer in offered), node, candidates)
 
