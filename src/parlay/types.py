@@ -101,19 +101,13 @@ class SamplingParams:
         _require(self.top_k >= -1, "top_k", "must be -1 or 0 (all tokens), or a positive count")
         _require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", "must be from 0 to 1")
-        _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "must be above 0 (1 means none)",
-        )
+        finite = math.isfinite(self.repetition_penalty)
+        _require(finite and self.repetition_penalty > 0, "repetition_penalty", "must be above 0 (1 means none)")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", "must be from -2 to 2")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2")
         _require(len(self.logit_bias) <= 1024, "logit_bias", "takes at most 1024 tokens")
-        _require(
-            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
-            "logit_bias",
-            "values must be from -100 to 100",
-        )
+        small = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
+        _require(small, "logit_bias", "values must be from -100 to 100")
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
         _require(all(self.stop), "stop", "strings must not be empty")
         _require(len(self.stop) <= 16, "stop", "takes at most 16 strings")

@@ -18,19 +18,7 @@ from parlay.policy.acceptance import (
     once_tried,
 )
 from parlay.types import Tree
-
-
-def walk(tree: Tree, p: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """The accepted path under an acceptance vector or matrix."""
-    matrix, children, path, node = np.atleast_2d(p), tree.children(), [], -1
-    while node in children:
-        row = matrix[min(len(path), len(matrix) - 1)]
-        rank = int(np.searchsorted(np.cumsum(row), rng.random(), side="right"))
-        if rank >= len(children[node]):
-            break
-        node = children[node][rank]
-        path.append(node)
-    return path
+from tests.policy.machine import walk
 
 
 def test_only_children_of_accepted_nodes_were_tried() -> None:

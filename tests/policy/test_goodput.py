@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,71 +8,20 @@ import pytest
 from parlay.policy import trees
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.goodput import Goodput
-from parlay.types import NO_TREE, Bet, Offer, RowResult, StepPlan, StepResult, Tree
-from tests.policy.rows import FakeRow
-from tests.policy.test_acceptance import walk
+from parlay.types import Offer, StepPlan, Tree
+from tests.policy.machine import FakeRow, Machine, guesses, rows
 
 IDLE = VerifyCost((1, 16, 64, 256), (0.010, 0.011, 0.020, 0.080))  # the first guesses are nearly free, many are not
 PROFILE = Profile("m", "m", "f", IDLE, {"draft_model": DraftCost(per_level=0.001)}, HostCost(per_row=1e-5))
 CHAIN = Tree.chain(6)
 
 
-class Machine:
-    """Runs steps of a policy on a machine that costs what a profile says, times a factor, with known acceptance."""
-
-    def __init__(self, policy: Goodput, accept: dict[str, float], profile: Profile = PROFILE) -> None:
-        self.policy, self.accept, self.profile = policy, accept, profile
-        self.slower, self.rng = 1.0, np.random.default_rng(0)
-        self.tokens, self.seconds = 0, 0.0
-
-    def step(self, rows: Sequence[FakeRow], offers: Sequence[Offer], budget: int = 256) -> StepPlan:
-        plan = self.policy.plan(rows, [list(offers)] * len(rows), budget)
-        results = [self._result(bet) for bet in plan.bets]
-        guesses = sum(len(got.tree) for got in results)
-        verify = self.profile.verify(
-            sum(row.count for row in rows) + guesses, len(rows), sum(row.start + row.count for row in rows)
-        )
-        draft = sum(
-            self.profile.draft(name)(
-                max(len(got.tree) for got in mine), len(mine), sum(len(got.tree) for got in mine), 0
-            )
-            for name in {got.method for got in results if got.method}
-            if (mine := [got for got in results if got.method == name])
-        )
-        host = self.profile.host(len(rows), guesses)
-        seconds = {"verify": float(verify), "draft": draft, "accept": host}
-        seconds = {part: self.slower * time for part, time in seconds.items()}
-        self.policy.observe(rows, StepResult(tuple(results), seconds))
-        self.tokens += sum(len(got.emitted) for got in results)
-        self.seconds += sum(seconds.values())
-        return plan
-
-    def _result(self, bet: Bet | None) -> RowResult:
-        if bet is None:
-            return RowResult(None, NO_TREE, (), (0,))
-        path = walk(bet.tree, np.array([self.accept[bet.method], 0.05]), self.rng)
-        return RowResult(bet.method, bet.tree, tuple(path), (0,) * (len(path) + 1))
-
-    def rate(self) -> float:
-        rate = self.tokens / self.seconds
-        self.tokens, self.seconds = 0, 0.0
-        return rate
-
-
-def rows(count: int) -> list[FakeRow]:
-    return [FakeRow(seq) for seq in range(count)]
-
-
-def guesses(plan: StepPlan) -> int:
-    return sum(len(bet.tree) for bet in plan.bets if bet is not None)
-
-
 def test_it_bets_when_idle_and_not_when_busy() -> None:
-    machine = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.7,)}), {"prompt_lookup": 0.7})
+    machine = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.7,)}), {"prompt_lookup": 0.7}, PROFILE)
     offer = [Offer("prompt_lookup", CHAIN)]
     alone = [machine.step(rows(1), offer) for _ in range(50)]
     assert guesses(alone[-1]) >= 4
-    crowded = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.3,)}), {"prompt_lookup": 0.3})
+    crowded = Machine(Goodput(PROFILE, priors={"prompt_lookup": (0.3,)}), {"prompt_lookup": 0.3}, PROFILE)
     plans = [crowded.step(rows(200), offer, 1000) for _ in range(50)]
     assert sum(guesses(plan) for plan in plans[10:]) < 0.1 * 40 * 200
 
@@ -81,7 +29,7 @@ def test_it_bets_when_idle_and_not_when_busy() -> None:
 @pytest.mark.parametrize("accept", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("count", [1, 8, 48])
 def test_it_is_as_fast_as_the_best_fixed_length_and_off(accept: float, count: int) -> None:
-    machine = Machine(Goodput(PROFILE), {"prompt_lookup": accept})
+    machine = Machine(Goodput(PROFILE), {"prompt_lookup": accept}, PROFILE)
     for _ in range(150):
         machine.step(rows(count), [Offer("prompt_lookup", CHAIN)])
     machine.rate()
@@ -96,7 +44,7 @@ def test_it_is_as_fast_as_the_best_fixed_length_and_off(accept: float, count: in
 
 
 def test_the_better_method_wins_row_by_row() -> None:
-    machine = Machine(Goodput(PROFILE), {"prompt_lookup": 0.2, "draft_model": 0.9})
+    machine = Machine(Goodput(PROFILE), {"prompt_lookup": 0.2, "draft_model": 0.9}, PROFILE)
     both = [Offer("prompt_lookup", CHAIN), Offer("draft_model", CHAIN)]
     plans = [machine.step(rows(8), both) for _ in range(200)]
     assert {bet.method for bet in plans[-1].bets if bet is not None} == {"draft_model"}
@@ -108,7 +56,7 @@ def test_the_better_method_wins_row_by_row() -> None:
 
 def test_off_ends_when_guesses_become_good_and_costs_little_meanwhile() -> None:
     policy = Goodput(PROFILE)
-    machine = Machine(policy, {"draft_model": 0.02})
+    machine = Machine(policy, {"draft_model": 0.02}, PROFILE)
     offer = [Offer("draft_model", CHAIN)]
     for _ in range(400):
         machine.step(rows(4), offer)
@@ -124,7 +72,7 @@ def test_off_ends_when_guesses_become_good_and_costs_little_meanwhile() -> None:
 
 def test_a_machine_that_has_become_slower_is_noticed() -> None:
     policy = Goodput(PROFILE)
-    machine = Machine(policy, {"prompt_lookup": 0.5})
+    machine = Machine(policy, {"prompt_lookup": 0.5}, PROFILE)
     for _ in range(50):
         machine.step(rows(4), [Offer("prompt_lookup", CHAIN)])
     machine.slower = 2.0
@@ -135,7 +83,7 @@ def test_a_machine_that_has_become_slower_is_noticed() -> None:
 
 def test_what_it_expects_is_what_happens() -> None:
     policy = Goodput(PROFILE)
-    machine = Machine(policy, {"draft_model": 0.7})
+    machine = Machine(policy, {"draft_model": 0.7}, PROFILE)
     for _ in range(100):
         machine.step(rows(8), [Offer("draft_model", CHAIN)])
     machine.rate()

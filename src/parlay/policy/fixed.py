@@ -1,12 +1,28 @@
-"""Bets the same on every row, whatever the load: the baseline that an adaptive policy has to beat."""
+"""Policies that bet the same on every row of a step: off, a fixed tree, and a length by batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from parlay.policy.base import PolicyRow
+from parlay.policy.synergy import LengthTable
 from parlay.policy.trees import overlap, subtree
 from parlay.types import NO_TREE, Bet, Offer, StepPlan, StepResult, Tree
+
+
+def bet_alike(
+    method: str, tree: Tree, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int
+) -> StepPlan:
+    """Bets one method and at most this tree on every row that may bet, for as long as the budget lasts."""
+    bets: list[Bet | None] = []
+    for row, some in zip(rows, offers, strict=True):
+        offer = next((offer for offer in some if offer.method == method), None)
+        bound = NO_TREE
+        if offer is not None and tree:
+            bound = subtree(offer.tree, overlap(offer.tree, tree)).trim(budget, row.max_depth)
+        budget -= len(bound)
+        bets.append(Bet(method, bound) if bound else None)
+    return StepPlan(tuple(bets))
 
 
 class Off:
@@ -20,7 +36,7 @@ class Off:
 
 
 class Fixed:
-    """Bets one method and tree on every row that may bet, for as long as the budget lasts.
+    """Bets the same whatever the load: the baseline that an adaptive policy has to beat.
 
     Args:
         method: The drafter's name.
@@ -32,16 +48,28 @@ class Fixed:
         self.tree = tree
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
-        bets: list[Bet | None] = []
-        for row, some in zip(rows, offers, strict=True):
-            offer = next((offer for offer in some if offer.method == self.method), None)
-            tree = NO_TREE
-            if offer is not None:
-                nodes = overlap(offer.tree, self.tree)
-                tree = subtree(offer.tree, nodes).trim(budget, row.max_depth)
-            budget -= len(tree)
-            bets.append(Bet(self.method, tree) if tree else None)
-        return StepPlan(tuple(bets))
+        return bet_alike(self.method, self.tree, rows, offers, budget)
+
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
+        pass
+
+
+class Synergy:
+    """Bets chains of the length that was profiled for so many rows, and looks at nothing else (arXiv 2310.18813).
+
+    Args:
+        method: The drafter's name.
+        lengths: Best length by batch size.
+    """
+
+    def __init__(self, method: str, lengths: Mapping[int, int]) -> None:
+        self.method = method
+        self.table = LengthTable(lengths)
+
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+        emitting = sum(row.samples for row in rows)
+        length = self.table[emitting] if emitting else 0
+        return bet_alike(self.method, Tree.chain(length), rows, offers, budget)
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass
