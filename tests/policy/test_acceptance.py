@@ -115,6 +115,18 @@ def test_siblings_exclude_each_other(p: list[float]) -> None:
     assert acceptance(np.array(once_tried(p))) == pytest.approx(np.array(p))
 
 
+def test_a_rank_that_was_not_tried_for_long_keeps_its_prior() -> None:
+    """And stays a number, however often the weights were brought back."""
+    method = MethodAcceptance(prior=(0.5, 0.1), memory=20.0)
+    for seq in range(20_000):
+        method.observe(seq % 5, Trials.of(Tree.chain(3), [0, 1]))
+    before = method.pool[0, 1]
+    assert before == pytest.approx(0.2)
+    method.observe(0, Trials.of(trees.kary(2, 1), []))
+    assert 0.1 < method.pool[0, 1] < before
+    assert np.isfinite(method.pool).all()
+
+
 def test_guesses_beyond_what_is_counted_do_no_harm() -> None:
     method = MethodAcceptance()
     wide, deep = trees.kary(RANKS + 3, 1), Tree.chain(LEVELS + 5)

@@ -60,7 +60,18 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert PROFILE.key == "a machine a model bfloat16"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"verify": {"knots": [1]}}', '{"verify": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"verify": {"knots": [1]}}',
+        '{"verify": 3}',
+        '{"verify": {"knots": [2, 1], "seconds": [1, 1]}}',
+        "\udcff",
+    ],
+)
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "profile.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -54,9 +54,10 @@ def test_the_better_method_wins_row_by_row() -> None:
     assert used.count("prompt_lookup") > 6
 
 
-def test_off_ends_when_guesses_become_good_and_costs_little_meanwhile() -> None:
+@pytest.mark.parametrize("bad", [0.0, 0.02])
+def test_off_ends_when_guesses_become_good_and_costs_little_meanwhile(bad: float) -> None:
     policy = Goodput(PROFILE)
-    machine = Machine(policy, {"draft_model": 0.02}, PROFILE)
+    machine = Machine(policy, {"draft_model": bad}, PROFILE)
     offer = [Offer("draft_model", CHAIN)]
     for _ in range(400):
         machine.step(rows(4), offer)

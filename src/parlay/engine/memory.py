@@ -6,6 +6,7 @@ import math
 import mmap
 from contextlib import suppress
 
+import numpy as np
 import torch
 
 SHELF_BYTES = 64 << 20
@@ -19,8 +20,10 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     looks up fewer addresses: measured on 2 cores, 7% less time with 1 row and 4% with 16.
     """
     count = math.prod(shape)
-    if count == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if count == 0:
         return torch.zeros(shape, dtype=dtype)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)

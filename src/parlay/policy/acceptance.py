@@ -22,6 +22,7 @@ from parlay.types import Tree
 LEVELS = 16  # deeper guesses are taken for as good as those of the last level
 RANKS = 8  # children beyond it are taken for never accepted
 CERTAIN = 0.99  # no estimate is higher
+HOPE = 0.02  # nor lower, for a rank that had any chance at first: what is never tried can never become better
 REFRESH = 64  # outcomes may be told apart by an estimate that has not heard of so many
 
 
@@ -73,12 +74,11 @@ class MethodAcceptance:
         pool_weight: float = 20.0,
         row_weight: float = 4.0,
     ) -> None:
-        start = once_tried([*prior, *[0.0] * RANKS][:RANKS])
+        self._start = np.array(once_tried([*prior, *[0.0] * RANKS][:RANKS]))
         self._pool_weight, self._row_weight = pool_weight, row_weight
         self._growth = memory / (memory - 1.0)
         self._weight = 1.0  # of a new outcome: that it grows makes the old ones fade
-        self._rank_tried = [pool_weight] * RANKS
-        self._rank_accepted = [pool_weight * p for p in start]
+        self._rank_tried, self._rank_accepted = [0.0] * RANKS, [0.0] * RANKS
         self._tried = [[0.0] * RANKS for _ in range(LEVELS)]
         self._accepted = [[0.0] * RANKS for _ in range(LEVELS)]
         self._rows: dict[int, tuple[float, float]] = {}  # seq -> accepted, expected
@@ -90,11 +90,11 @@ class MethodAcceptance:
     def pool(self) -> Floats:
         """[LEVELS, RANKS]: how likely a guess is accepted once it is tried, for a request like the others."""
         if self._pool is None or self._unheard:
-            rank = np.array(self._rank_accepted) / np.array(self._rank_tried)
-            tried, accepted = np.array(self._tried), np.array(self._accepted)
             prior = self._pool_weight * self._weight
+            rank = (np.array(self._rank_accepted) + prior * self._start) / (np.array(self._rank_tried) + prior)
+            tried, accepted = np.array(self._tried), np.array(self._accepted)
             found = (accepted + prior * rank) / (tried + prior)
-            self._pool = np.minimum(found, CERTAIN)
+            self._pool = np.clip(found, np.where(self._start > 0, HOPE, 0.0), CERTAIN)
             self._unheard = 0
         return self._pool
 

@@ -26,7 +26,8 @@ class VerifyCost:
 
     Attributes:
         knots: Numbers of new tokens, rising.
-        seconds: What a pass over so many takes, before rows and context; between knots, and beyond them, along lines.
+        seconds: What a pass over so many takes, before rows and context. Between knots and beyond the last one it goes
+            along lines; fewer tokens than the first take as long as it.
         per_row: Seconds for every row.
         per_context: Seconds for every token in KV that is attended to.
     """
@@ -146,7 +147,7 @@ class Profile:
             drafts = {name: DraftCost(**cost) for name, cost in found.pop("drafts", {}).items()}
             host = HostCost(**found.pop("host", {}))
             return cls(**found, verify=curve, drafts=drafts, host=host)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the first is JSON's and Unicode's, too
             raise ValueError(f"{path} is not a profile: {error}") from error
 
 

@@ -187,16 +187,19 @@ class Goodput:
         used = {bet.method for bet in bets if bet is not None}
         for method in methods:
             self._idle[method.method] = 0 if method.method in used else self._idle.get(method.method, 0) + 1
-        idle = [method for method in methods if self._idle[method.method] > 0 and len(method.node)]
+        self._credit += self._probe_share * float(seconds[0])
+        free = np.array([bet is None for bet in bets])
+        idle = [
+            method for method in methods if self._idle[method.method] and free[method.rows].any() and len(method.node)
+        ]
         if not idle:
             return 0.0, 0.0
-        self._credit += self._probe_share * float(seconds[0])
         method = max(idle, key=lambda method: self._idle[method.method])
         candidates, guesses = method.candidates, sum(len(bet.tree) for bet in bets if bet is not None)
         worth = np.bincount(candidates.tree, candidates.value, len(method.rows)) - rate * candidates.own
-        worth[[bets[row] is not None for row in method.rows.tolist()]] = -np.inf
+        worth[~free[method.rows]] = -np.inf
         bought = np.flatnonzero(candidates.tree == np.argmax(worth))[:PROBE_GUESSES]
-        if not len(bought) or worth.max() == -np.inf or guesses + len(bought) >= len(seconds):
+        if not len(bought) or guesses + len(bought) >= len(seconds):
             return 0.0, 0.0
         tokens = float(candidates.value[bought].sum())
         time = float(
@@ -207,6 +210,7 @@ class Goodput:
             - seconds[guesses]
         )
         price = time - tokens / rate
+        self._credit = min(self._credit, max(2 * price, float(seconds[0])))  # nothing is hoarded for later
         if price > self._credit:
             return 0.0, 0.0
         self._credit -= max(0.0, price)
@@ -227,8 +231,8 @@ class Goodput:
                 guesses += len(got.tree)
                 acceptance = self.acceptance.setdefault(got.method, MethodAcceptance())
                 acceptance.observe(row.seq, Trials.of(got.tree, got.accepted))
-            else:
-                for acceptance in self.acceptance.values():
+            for name, acceptance in self.acceptance.items():
+                if name != got.method:
                     acceptance.fade(row.seq)
         self._observe_time(_Load.of(rows), guesses, rows, result)
         if self._step % 1000 == 0:

@@ -129,7 +129,7 @@ def simulate(pipeline: Pipeline, tokens: int, seed: int, autocorrelation: float 
         now += pipeline.fork
         started = now
         now += pipeline.layers - pipeline.exit_layer  # and the end, where the token is known
-        reached = math.floor(now - started)  # layers of the next token that every other unit has done by then
+        reached = round(now - started)  # layers of the next token that every other unit has done by then
         if token >= 0:
             durations[token] = now - began + (pipeline.handoff if done else 0.0)
             computed += pipeline.layers - done + pipeline.candidates * reached
