@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from parlay import __version__
 from parlay.bench.commands import bench, demo, profile
+from parlay.bench.policy_commands import plan, simulate
 from parlay.config import Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
 from parlay.types import RequestOutput, SamplingParams
@@ -174,8 +175,8 @@ def pull(
     typer.echo(json.dumps({"path": folder}) if as_json else folder)
 
 
-for measurement in (demo, bench, profile):
-    app.command()(measurement)
+for command in (plan, simulate, demo, bench, profile):
+    app.command()(command)
 
 
 def _read_prompts(file: Path | None, required: bool) -> list[Any]:

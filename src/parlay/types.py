@@ -251,7 +251,8 @@ class Offer:
         method: The drafter's name.
         tree: The largest tree that it could fill.
         tokens: The guesses themselves, only where they are deterministic.
-        confidence: The drafter's own estimate for each node that it is accepted if its parent is, where it has one.
+        confidence: The drafter's own estimate for each node that it is accepted if its parent is, where it has one;
+            no higher than an elder sibling's.
         catch_up: Known tokens that the drafter would have to read first.
     """
 

@@ -12,18 +12,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parlay.policy.trees import Floats, child_ranks
+from parlay.policy.trees import Floats, Ints, child_ranks
 from parlay.types import Tree
 
 LEVELS = 16  # deeper guesses are taken for as good as those of the last level
 RANKS = 8  # children beyond it are taken for never accepted
 CERTAIN = 0.99  # no estimate is higher
 HOPE = 0.02  # nor lower, for a rank that had any chance at first: what is never tried can never become better
-REFRESH = 64  # outcomes may be told apart by an estimate that has not heard of so many
+FADE = 0.99  # of what is known of a request, in a step
+REFRESH = 512  # outcomes that an estimate leaves out at most
+PER_OCTAVE, LOWEST, HIGHEST = 8, -3, 1  # factors of requests are told apart by 9%, from 1/8 to 2
+FACTORS = 2.0 ** (np.arange(PER_OCTAVE * (HIGHEST - LOWEST) + 1) / PER_OCTAVE + LOWEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,34 @@ def _families(tree: Tree) -> tuple[list[int], dict[int, int]]:
     return child_ranks(tree).tolist(), {node: len(some) for node, some in tree.children().items()}
 
 
+class Acceptance(Protocol):
+    """How often one method's guesses are accepted, request by request."""
+
+    @property
+    def matrices(self) -> Floats:
+        """[groups, levels, ranks]: for requests of each group, a distribution over every node's children.
+
+        The array is another one whenever its values are.
+        """
+        ...
+
+    def groups(self, seqs: Sequence[int]) -> Ints:
+        """[requests] the group of each."""
+        ...
+
+    def observe(self, seq: int, trials: Trials) -> None:
+        """Learns from one row of one step."""
+        ...
+
+    def tick(self) -> None:
+        """A step is over, whoever bet in it."""
+        ...
+
+    def forget(self, seq: int) -> None:
+        """A request has ended."""
+        ...
+
+
 class MethodAcceptance:
     """One method's acceptance by level and rank, and every request's factor to it.
 
@@ -60,7 +92,7 @@ class MethodAcceptance:
     otherwise deep levels, which mostly good requests reach, would pass for good levels.
 
     Args:
-        prior: [ranks] acceptance before anything is known.
+        prior: [ranks] acceptance before anything is known; further ranks get half of the last one's, a quarter, ...
         memory: Accepted nodes after which an old one counts a third.
         pool_weight: Trials that the estimate of a rank weighs against those of a level.
         row_weight: Expected acceptances that the pool weighs against a request's own.
@@ -74,45 +106,77 @@ class MethodAcceptance:
         pool_weight: float = 20.0,
         row_weight: float = 4.0,
     ) -> None:
-        self._start = np.array(once_tried([*prior, *[0.0] * RANKS][:RANKS]))
+        self._start = np.array(once_tried(_extended(prior)))
         self._pool_weight, self._row_weight = pool_weight, row_weight
         self._growth = memory / (memory - 1.0)
         self._weight = 1.0  # of a new outcome: that it grows makes the old ones fade
         self._rank_tried, self._rank_accepted = [0.0] * RANKS, [0.0] * RANKS
         self._tried = [[0.0] * RANKS for _ in range(LEVELS)]
         self._accepted = [[0.0] * RANKS for _ in range(LEVELS)]
-        self._rows: dict[int, tuple[float, float]] = {}  # seq -> accepted, expected
-        self._pool: Floats | None = None
+        self._slots: dict[int, int] = {}  # seq -> place in what is known of requests
+        self._free: list[int] = []
+        self._requests = np.zeros((3, 64))  # [accepted, expected, time until which that holds, request]
+        self._group = _nearest(np.ones(64))
+        self._time = 0
+        self._matrices: Floats | None = None
         self._unheard = 0  # outcomes that the pool does not show yet
         self.trials = 0  # of all time
+        self._hear()
 
     @property
     def pool(self) -> Floats:
         """[LEVELS, RANKS]: how likely a guess is accepted once it is tried, for a request like the others."""
-        if self._pool is None or self._unheard:
-            prior = self._pool_weight * self._weight
-            rank = (np.array(self._rank_accepted) + prior * self._start) / (np.array(self._rank_tried) + prior)
-            tried, accepted = np.array(self._tried), np.array(self._accepted)
-            found = (accepted + prior * rank) / (tried + prior)
-            self._pool = np.clip(found, np.where(self._start > 0, HOPE, 0.0), CERTAIN)
-            self._unheard = 0
+        if self._unheard >= self._patience:
+            self._hear()
         return self._pool
+
+    @property
+    def matrices(self) -> Floats:
+        """See `Acceptance.matrices`."""
+        if self._unheard >= self._patience:
+            self._hear()
+        if self._matrices is None:
+            self._matrices = acceptance(np.minimum(self._pool * FACTORS[:, None, None], CERTAIN))
+        return self._matrices
+
+    def _hear(self) -> None:
+        """Brings the pool up to date."""
+        prior = self._pool_weight * self._weight
+        rank = (np.array(self._rank_accepted) + prior * self._start) / (np.array(self._rank_tried) + prior)
+        tried, accepted = np.array(self._tried), np.array(self._accepted)
+        found = (accepted + prior * rank) / (tried + prior)
+        self._pool = np.clip(found, np.where(self._start > 0, HOPE, 0.0), CERTAIN)
+        self._matrices, self._unheard = None, 0
+
+    @property
+    def _patience(self) -> float:
+        """Outcomes that the pool may leave out: the more it has seen, the less they change."""
+        return min(REFRESH, 0.01 * self.trials) if self._unheard else 1
 
     def factor(self, seq: int) -> float:
         """How much more of this request's guesses are accepted than of the others'."""
-        accepted, expected = self._rows.get(seq, (0.0, 0.0))
-        return (accepted + self._row_weight) / (expected + self._row_weight)
+        accepted, expected, last = self._requests[:, self._slots.get(seq, -1)].tolist()
+        trust = FADE ** (self._time - last)  # what it did long ago says less and less of it
+        return (accepted * trust + self._row_weight) / (expected * trust + self._row_weight)
 
-    def matrix(self, seqs: Sequence[int], levels: int = LEVELS, ranks: int = RANKS) -> Floats:
-        """[requests, levels, ranks]: the acceptance of each request, a distribution over every node's children."""
-        factors = np.array([self.factor(seq) for seq in seqs])
-        return acceptance(np.minimum(self.pool[:levels, :ranks] * factors[:, None, None], CERTAIN))
+    def groups(self, seqs: Sequence[int]) -> Ints:
+        """See `Acceptance.groups`: requests of about the same factor, so that what follows from it is computed once."""
+        get = self._slots.get
+        return self._group[[get(seq, -1) for seq in seqs]]
+
+    def matrix(self, seq: int) -> Floats:
+        """[LEVELS, RANKS]: the acceptance of one request."""
+        return self.matrices[self.groups([seq])[0]]
 
     def observe(self, seq: int, trials: Trials) -> None:
         """Learns from one row of one step."""
         if not trials.tried:
             return
-        pool = self._pool if self._pool is not None and self._unheard < REFRESH else self.pool
+        pool = self.pool
+        slot = self._slots.get(seq)
+        if slot is None:
+            slot = self._slots[seq] = self._free.pop() if self._free else self._grow()
+            self._requests[:, slot] = 0.0, 0.0, self._time
         factor = self.factor(seq)
         tried = [(min(level, LEVELS - 1), rank) for level, rank in trials.tried if rank < RANKS]
         won = [(min(level, LEVELS - 1), rank) for level, rank in trials.accepted if rank < RANKS]
@@ -127,9 +191,11 @@ class MethodAcceptance:
         for level, rank in won:
             self._rank_accepted[rank] += self._weight
             self._accepted[level][rank] += self._weight
-        before = self._rows.get(seq, (0.0, 0.0))
-        fade = 0.98 ** (len(won) + 1)  # a text changes, too
-        self._rows[seq] = fade * before[0] + len(won), fade * before[1] + expected
+        before, likely_before, last = self._requests[:, slot].tolist()
+        keep = FADE ** (self._time - last) * 0.98 ** (len(won) + 1)  # a text changes, too
+        self._requests[:, slot] = keep * before + len(won), keep * likely_before + expected, self._time + 1
+        now = (keep * before + len(won) + self._row_weight) / (keep * likely_before + expected + self._row_weight)
+        self._group[slot] = min(max(round(PER_OCTAVE * (math.log2(now) - LOWEST)), 0), len(FACTORS) - 1)
         self._unheard += 1
         self.trials += len(tried)
         if self._weight > 1e6:
@@ -141,15 +207,42 @@ class MethodAcceptance:
             counts[:] = [count / self._weight for count in counts]
         self._weight = 1.0
 
-    def fade(self, seq: int) -> None:
-        """A step without guesses of this method: what a request did long ago says less and less of it."""
-        if seq in self._rows:
-            accepted, expected = self._rows[seq]
-            self._rows[seq] = 0.99 * accepted, 0.99 * expected
+    def tick(self) -> None:
+        """See `Acceptance.tick`."""
+        self._time += 1
+        if self._time % 16 == 0:  # those that were not heard of come nearer to the others
+            accepted, expected, last = self._requests
+            trust = FADE ** (self._time - last)
+            self._group = _nearest((accepted * trust + self._row_weight) / (expected * trust + self._row_weight))
 
     def forget(self, seq: int) -> None:
-        """A request has ended."""
-        self._rows.pop(seq, None)
+        """See `Acceptance.forget`."""
+        slot = self._slots.pop(seq, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def _grow(self) -> int:
+        """A new place; the last one of all stays empty, for requests that nothing is known of."""
+        place = len(self._slots)
+        if place >= self._requests.shape[1] - 1:
+            self._requests = np.concatenate([self._requests, np.zeros_like(self._requests)], axis=1)
+            self._requests[:, place] = 0.0
+            self._group = np.concatenate([self._group, np.full(len(self._group), _nearest(np.ones(1))[0])])
+        return place
+
+
+def _nearest(factors: Floats) -> Ints:
+    """Places in FACTORS; any shape."""
+    octaves = np.log2(factors)
+    return np.clip(np.rint(PER_OCTAVE * (octaves - LOWEST)), 0, len(FACTORS) - 1).astype(np.intp)
+
+
+def _extended(prior: Sequence[float]) -> list[float]:
+    """[RANKS]: a prior for every rank, since what is given no chance is never tried."""
+    found = list(prior)[:RANKS]
+    while len(found) < RANKS:
+        found.append(min(found[-1], 1 - sum(found)) / 2)
+    return found
 
 
 def once_tried(acceptance: Sequence[float]) -> list[float]:

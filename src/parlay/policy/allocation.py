@@ -16,9 +16,10 @@ Against exhaustive search on 3 rows and a steep staircase it loses 0.2% (one met
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,48 +33,139 @@ EQUAL = 1e-12  # puts a parent before a child of the same value
 LINES = (0.5, 0.0, 1.0)  # slopes at which guesses are priced, times that of the whole pass
 
 
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """What one method could bet: the guesses of all its trees in one list.
+class Guesses(NamedTuple):
+    """Guesses of one method, [guesses] each: of which tree, which node, how deep, how likely accepted."""
+
+    tree: Ints
+    node: Ints
+    depth: Ints
+    value: Floats
+
+    def of(self, some: Bools | Ints | slice) -> Guesses:
+        return Guesses(self.tree[some], self.node[some], self.depth[some], self.value[some])
+
+
+_NOTHING = np.zeros(0, dtype=np.intp)
+NONE = Guesses(_NOTHING, _NOTHING, _NOTHING, np.zeros(0))
+
+
+@dataclass(eq=False)
+class Candidates(ABC):
+    """What one method could bet: a tree for each of some rows.
 
     Attributes:
         rows: [trees] the row of each tree.
         own: [trees] seconds that betting on it costs before any guess.
-        tree: [guesses] the tree that each belongs to. Guesses come after their parents.
-        depth: [guesses] from 1.
-        value: [guesses] how likely each is accepted, weighted by how much its row matters; not more than its parent.
         cost: What the drafter takes for steps, levels and guesses.
+        levels: Of the deepest tree.
+        level_costs: [levels + 1] seconds of the drafter by the number of levels, before rows and guesses.
+        pays_for_levels: Whether these are not zero.
     """
 
     rows: Ints
     own: Floats
-    tree: Ints
-    depth: Ints
-    value: Floats
     cost: DraftCost
+    levels: int
+    level_costs: Floats = field(init=False)
+    pays_for_levels: bool = field(init=False)
 
-    @cached_property
-    def levels(self) -> int:
-        return int(self.depth.max(initial=0))
+    def __post_init__(self) -> None:
+        self.level_costs = self.cost.per_step + self.cost.per_level * np.arange(self.levels + 1.0)
+        self.level_costs[0] = 0.0
+        self.pays_for_levels = self.cost.per_step + self.cost.per_level > 0
 
-    @cached_property
-    def level_costs(self) -> Floats:
-        """[levels + 1] seconds of the drafter by the number of levels, before rows and guesses."""
-        levels = np.arange(self.levels + 1)
-        return np.where(levels > 0, self.cost.per_step + self.cost.per_level * levels, 0.0)
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """Guesses of the largest tree, at most."""
 
-    @cached_property
-    def _place(self) -> Ints:
-        return self.depth * len(self.rows) + self.tree
-
+    @abstractmethod
     def worth(self, num_rows: int, price: float, slope: float) -> Floats:
         """[levels + 1, rows] what the guesses down to each depth are worth to a row, above their price."""
-        gain = np.maximum(self.value - price * (slope + self.cost.per_guess), 0.0)
+
+    @abstractmethod
+    def chosen(self, trees: Bools, level: int) -> Guesses:
+        """The guesses of these trees down to this level, each behind its parent. trees: [trees]."""
+
+    @abstractmethod
+    def weighted(self, weights: Floats) -> Candidates:
+        """The same where the tokens of some rows count more. weights: [rows]."""
+
+
+@dataclass(eq=False)
+class ManyTrees(Candidates):
+    """A tree of its own for every row.
+
+    Attributes:
+        guesses: Of all trees; their values may be weighted.
+    """
+
+    guesses: Guesses
+
+    @property
+    def most(self) -> int:
+        return int(np.bincount(self.guesses.tree).max(initial=0))
+
+    def worth(self, num_rows: int, price: float, slope: float) -> Floats:
+        tree, _, depth, value = self.guesses
+        gain = np.maximum(value - price * (slope + self.cost.per_guess), 0.0)
         trees = len(self.rows)
-        by_level = np.bincount(self._place, gain, (self.levels + 1) * trees)
+        by_level = np.bincount(depth * trees + tree, gain, (self.levels + 1) * trees)
         worth = np.zeros((self.levels + 1, num_rows))
         worth[1:, self.rows] = by_level.reshape(-1, trees).cumsum(axis=0)[1:] - price * self.own
         return worth
+
+    def chosen(self, trees: Bools, level: int) -> Guesses:
+        return self.guesses.of(trees[self.guesses.tree] & (self.guesses.depth <= level))
+
+    def weighted(self, weights: Floats) -> Candidates:
+        tree, node, depth, value = self.guesses
+        value = value * weights[self.rows[tree]]
+        return ManyTrees(self.rows, self.own, self.cost, self.levels, Guesses(tree, node, depth, value))
+
+
+@dataclass(eq=False)
+class OneTree(Candidates):
+    """The same tree for every row, whose values hang on the group that the row is in.
+
+    Attributes:
+        table: [groups, nodes] values; 0 for what is not looked at.
+        group: [trees] of each row.
+        limit: [trees] how deep each may go.
+        depth: [nodes] from 1.
+        within: [nodes, levels + 1] 1 where a node is no deeper than the level.
+    """
+
+    table: Floats
+    group: Ints
+    limit: Ints
+    depth: Ints
+    within: Floats
+
+    @property
+    def most(self) -> int:
+        return len(self.depth)
+
+    def worth(self, num_rows: int, price: float, slope: float) -> Floats:
+        gain = np.maximum(self.table - price * (slope + self.cost.per_guess), 0.0)
+        worth = (gain @ self.within)[self.group]
+        if self.limit.min() < self.levels:
+            level = np.minimum(np.arange(self.levels + 1), self.limit[:, None])
+            worth = np.take_along_axis(worth, level, axis=1)
+        worth -= price * self.own[:, None]
+        found = np.zeros((self.levels + 1, num_rows))
+        found[1:, self.rows] = worth[:, 1:].T
+        return found
+
+    def chosen(self, trees: Bools, level: int) -> Guesses:
+        some = np.flatnonzero(trees)
+        values = self.table[self.group[some]]
+        place, node = ((values > 0) & (self.depth <= np.minimum(self.limit[some], level)[:, None])).nonzero()
+        return Guesses(some[place], node, self.depth[node], values[place, node])
+
+    def weighted(self, weights: Floats) -> Candidates:
+        all_of_them = self.chosen(np.ones(len(self.rows), dtype=bool), self.levels)
+        return ManyTrees(self.rows, self.own, self.cost, self.levels, all_of_them).weighted(weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,14 +174,14 @@ class Allocation:
 
     Attributes:
         method: [rows] index of each row's method, -1 for none.
-        guesses: Per method, which of its candidates' guesses are bought.
+        guesses: Per method, those that are bought.
         emitted: Tokens, weighted like the values.
         seconds: Time of the step.
         line: Which of the `LINES` led to it.
     """
 
     method: Ints
-    guesses: tuple[Bools, ...]
+    guesses: tuple[Guesses, ...]
     emitted: float
     seconds: float
     line: float = LINES[0]
@@ -130,14 +222,14 @@ def assign(methods: Sequence[Candidates], num_rows: int, price: float, slope: fl
     best = np.zeros(num_rows)  # [.., rows], one axis for every method that pays for levels
     paid: Floats | float = 0.0
     for method, line in zip(methods, worth, strict=True):
-        if method.level_costs[-1] > 0:
+        if method.pays_for_levels:
             best = np.maximum(best[..., None, :], line)
             paid = np.add.outer(paid, price * method.level_costs)
         else:
             best = np.maximum(best, line[-1])
     totals = best.sum(axis=-1) - paid
     depths = iter(np.unravel_index(np.argmax(totals), totals.shape))
-    levels = [int(next(depths)) if method.level_costs[-1] > 0 else method.levels for method in methods]
+    levels = [int(next(depths)) if method.pays_for_levels else method.levels for method in methods]
     chosen = np.stack([np.zeros(num_rows), *(line[level] for line, level in zip(worth, levels, strict=True))])
     return np.argmax(chosen, axis=0) - 1, levels
 
@@ -152,25 +244,26 @@ def buy(
     line: float = LINES[0],
 ) -> Allocation:
     """The best number of guesses, and the best guesses of that number, for given methods and depths."""
+    used = set(method.tolist())
     open_to = [
-        np.flatnonzero((method[candidates.rows] == index)[candidates.tree] & (candidates.depth <= level))
+        candidates.chosen(method[candidates.rows] == index, level) if index in used else NONE
         for index, (candidates, level) in enumerate(zip(methods, levels, strict=True))
     ]
-    values = np.concatenate([np.zeros(0), *(c.value[some] for c, some in zip(methods, open_to, strict=True))])
+    values = np.concatenate([NONE.value, *(some.value for some in open_to)])
     order = _largest(values, len(seconds) - 1)
-    emitted = certain + np.concatenate(([0.0], np.cumsum(values[order])))
-    drafting = np.concatenate(([0.0], _drafting(methods, open_to, order)))
-    count = int(np.argmax(emitted - price * (seconds[: len(order) + 1] + drafting)))
+    emitted, time = np.full(len(order) + 1, float(certain)), seconds[: len(order) + 1].copy()
+    emitted[1:] += values[order].cumsum()
+    time[1:] += _drafting(methods, open_to, order)
+    count = int((emitted - price * time).argmax())
     bought = np.zeros(len(values), dtype=bool)
     bought[order[:count]] = True
     guesses, final, start = [], np.full(len(method), -1), 0
     for index, (candidates, some) in enumerate(zip(methods, open_to, strict=True)):
-        chosen = np.zeros(len(candidates.value), dtype=bool)
-        chosen[some] = bought[start : start + len(some)]
-        start += len(some)
+        chosen = some.of(bought[start : start + len(some.value)]) if len(some.value) else some
+        start += len(some.value)
         guesses.append(chosen)
-        final[candidates.rows[candidates.tree[chosen]]] = index
-    return Allocation(final, tuple(guesses), float(emitted[count]), float(seconds[count] + drafting[count]), line)
+        final[candidates.rows[chosen.tree]] = index
+    return Allocation(final, tuple(guesses), float(emitted[count]), float(time[count]), line)
 
 
 def _largest(values: Floats, count: int) -> Ints:
@@ -182,31 +275,31 @@ def _largest(values: Floats, count: int) -> Ints:
     return some[np.argsort(keys[some])]
 
 
-def _drafting(methods: Sequence[Candidates], open_to: Sequence[Ints], order: Ints) -> Floats:
+def _drafting(methods: Sequence[Candidates], open_to: Sequence[Guesses], order: Ints) -> Floats:
     """[guesses] seconds of the drafters for the first of the ordered guesses, for the first two, and so on."""
     total, start = np.zeros(len(order)), 0
     for candidates, some in zip(methods, open_to, strict=True):
-        low, start = start, start + len(some)
-        if not (candidates.level_costs[-1] > 0 or candidates.cost.per_guess > 0 or candidates.own.any()):
+        low, start = start, start + len(some.value)
+        if low == start or not (candidates.pays_for_levels or candidates.cost.per_guess > 0 or candidates.own.any()):
             continue
-        at = np.flatnonzero((order >= low) & (order < start))  # where this method's guesses are bought
+        at = ((order >= low) & (order < start)).nonzero()[0]  # where this method's guesses are bought
         if not len(at):
             continue
-        mine = some[order[at] - low]
+        mine = order[at] - low
         added = np.zeros(len(order))
-        added[at] = candidates.cost.per_guess
-        trees, first = np.unique(candidates.tree[mine], return_index=True)
-        added[at[first]] += candidates.own[trees]
-        deepest = np.zeros(len(order), dtype=np.intp)
-        deepest[at] = candidates.depth[mine]
-        total += np.cumsum(added) + candidates.level_costs[np.maximum.accumulate(deepest)]
+        begins = some.node[mine] == 0  # no guess of a tree is worth more than its first
+        added[at] = candidates.cost.per_guess + begins * candidates.own[some.tree[mine]]
+        total += added.cumsum()
+        if candidates.pays_for_levels:
+            deepest = np.zeros(len(order), dtype=np.intp)
+            deepest[at] = some.depth[mine]
+            total += candidates.level_costs[np.maximum.accumulate(deepest)]
     return total
 
 
 def no_bets(methods: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats) -> Allocation:
     """The allocation that buys nothing."""
-    none = tuple(np.zeros(len(method.value), dtype=bool) for method in methods)
-    return Allocation(np.full(num_rows, -1), none, certain, float(seconds[0]))
+    return Allocation(np.full(num_rows, -1), (NONE,) * len(methods), certain, float(seconds[0]))
 
 
 def best_rate(

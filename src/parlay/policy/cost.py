@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,14 @@ class DraftCost:
 
     def scaled(self, factor: float) -> DraftCost:
         """The same on a machine that is so much slower."""
-        return DraftCost(*(factor * getattr(self, name.name) for name in fields(self)))
+        return DraftCost(
+            factor * self.per_step,
+            factor * self.per_level,
+            factor * self.per_row,
+            factor * self.per_guess,
+            factor * self.per_context,
+            factor * self.per_catch_up,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,25 @@ method to bet on, how deep, with what tree, or not at all; see `parlay.policy.al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from parlay.policy.acceptance import ConfidenceCurve, MethodAcceptance, Trials
-from parlay.policy.allocation import LINES, Allocation, Candidates, allocate, best_rate, no_bets
+from parlay.policy.acceptance import MethodAcceptance, Trials
+from parlay.policy.allocation import LINES, Allocation, Candidates, Guesses, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import LiveScale, Profile
-from parlay.policy.offers import MethodOffers
-from parlay.policy.trees import Floats
-from parlay.types import Bet, Offer, StepPlan, StepResult
+from parlay.policy.offers import Drafter, MethodOffers, Rows
+from parlay.policy.probing import Prober
+from parlay.policy.trees import Floats, overlap
+from parlay.types import Bet, Offer, RowResult, StepPlan, StepResult
 
-PROBE_GUESSES = 2  # enough to see whether the first guess is good and whether a second one is
+PRIOR = (0.5, 0.1, 0.05, 0.03)
+FRESH = 16  # plans after which all lines and prices are looked at again
+FORGET = 1000  # steps after which a request that was not seen is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +34,6 @@ class _Load:
     rows: int
     new: int
     context: int
-
-    @classmethod
-    def of(cls, rows: Sequence[PolicyRow]) -> _Load:
-        return cls(len(rows), sum(row.count for row in rows), sum(row.start + row.count for row in rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ class Expected:
     seconds_off: float
 
 
+class _Made(NamedTuple):
+    """A bet as it was made: on what offer, and which nodes of the offered tree it consists of."""
+
+    offer: Offer
+    bet: Bet
+    nodes: tuple[int, ...]
+
+
 class Goodput:
     """Maximises tokens per second over method, depth, tree and off, row by row.
 
@@ -53,6 +62,10 @@ class Goodput:
         probe_share: Share of the time that may be spent on finding out whether a method that is off has become good.
         horizon: Steps over which it spreads what it costs to bring a drafter up to date.
         priors: By method, acceptance by rank before anything is known.
+
+    Attributes:
+        drafters: What is known of each method; learnt, unless something was put there before.
+        expected: What the last plan was expected to bring.
     """
 
     def __init__(
@@ -66,66 +79,84 @@ class Goodput:
     ) -> None:
         self.profile = profile
         self.verify_scale, self.draft_scale, self.host_scale = LiveScale(), LiveScale(), LiveScale()
-        self.acceptance: dict[str, MethodAcceptance] = {}
-        self.confidence: dict[str, ConfidenceCurve] = {}
+        self.drafters: dict[str, Drafter] = {}
         self.expected = Expected(0.0, 0.0, 0.0)
         self._priors = dict(priors or {})
-        self._margin, self._probe_share, self._horizon = margin, probe_share, horizon
+        self._margin, self._horizon = margin, horizon
+        self._prober = Prober(probe_share)
         self._betting = False
-        self._credit = 0.0  # seconds that may be spent on probes
         self._line = LINES[0]
-        self._rates: dict[int, float] = {}  # the best known, by the number of rows that emit
-        self._idle: dict[str, int] = {}  # steps since a method was last bet on
+        self._rates: dict[int, float] = {}  # tokens per second of a row, by bucket of the number of rows that emit
+        self._made: dict[int, _Made] = {}  # seq -> its bet in the last plan
         self._seen: dict[int, int] = {}  # seq -> step
-        self._step = 0
+        self._step = self._plans = 0
 
     # ---- plan -------------------------------------------------------------------------------------------------------
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         """See `Policy.plan`."""
         bets: list[Bet | None] = [None] * len(rows)
-        emitting = [row for row in rows if row.samples]
+        self._made = {}
+        step = Rows.of(rows)
+        emitting = int(step.samples.sum())
         if not emitting:
             return StepPlan(tuple(bets))
-        load, plain = _Load.of(rows), _Load(len(emitting), len(emitting), sum(row.start + 1 for row in emitting))
-        methods = self._offers(rows, offers)
-        room = min(budget, sum(len(method.node) for method in methods))
-        certain = np.array([float(row.samples) for row in rows])
+        self._plans += 1
+        methods = self._offers(step, offers)
         candidates = [method.candidates for method in methods]
+        room = min(budget, len(rows) * max((some.most for some in candidates), default=0))
+        load, plain = _loads(step, emitting)
         seconds = self._seconds(plain, room)
-        found = self._at_best_rate(candidates, len(rows), float(certain.sum()), seconds, plain.rows)
-        whole = seconds if load == plain else self._seconds(load, room)
-        rate = self._rates[plain.rows]
-        weights = self._weights(rows, found, candidates, whole)
-        if load != plain or (weights != 1).any():
-            wanted = [_weighted(c, weights) for c in (candidates if self._betting or (weights != 1).any() else [])]
-            found = allocate(wanted, len(rows), float(certain @ weights), whole, rate)
-        tokens = float(certain.sum())
-        for method, bought in zip(methods, found.guesses, strict=False):
-            tokens += float(method.candidates.value[bought].sum())
-            for row, bet in method.bets(bought):
-                bets[row] = bet
-        more, longer = self._probe(methods, bets, whole, rate)
-        self.expected = Expected(tokens + more, found.seconds + longer, float(whole[0]))
+        found, price = self._at_best_rate(candidates, len(rows), seconds, emitting)
+        if load != plain:
+            seconds = self._seconds(load, room)
+            found = no_bets(candidates, len(rows), emitting, seconds)
+            if self._betting:
+                found = allocate(candidates, len(rows), emitting, seconds, price, (self._line,))
+        if step.wishes:
+            found = self._wished(rows, step, candidates, seconds, price, found)
+        tokens, time = float(emitting), found.seconds
+        probe = self._prober.probe(methods, found, seconds, price) if methods else None
+        for place, (method, bought) in enumerate(zip(methods, found.guesses, strict=True)):
+            if len(bought.value):
+                tokens += float(bought.value.sum())
+                self._make(method, bought, step, bets)
+            if probe is not None and probe.method == place:
+                tokens, time = tokens + probe.tokens, time + probe.seconds
+        if probe is not None:
+            self._make(methods[probe.method], probe.bought, step, bets)
+        self.expected = Expected(tokens, time, float(seconds[0]))
         return StepPlan(tuple(bets))
 
-    def _offers(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]]) -> list[MethodOffers]:
-        by_method: dict[str, list[tuple[int, PolicyRow, Offer]]] = {}
-        for index, (row, some) in enumerate(zip(rows, offers, strict=True)):
-            if some and row.samples and row.max_depth > 0 and row.speculation != "off":
+    def _offers(self, step: Rows, offers: Sequence[Sequence[Offer]]) -> list[MethodOffers]:
+        by_method: dict[str, tuple[list[int], list[Offer]]] = {}
+        for place, (some, deepest) in enumerate(zip(offers, step.deepest.tolist(), strict=True)):
+            if deepest > 0:
                 for offer in some:
+                    entry = by_method.get(offer.method)
+                    if entry is None:
+                        entry = by_method[offer.method] = [], []
                     if offer.tree.parents:
-                        by_method.setdefault(offer.method, []).append((index, row, offer))
+                        entry[0].append(place)
+                        entry[1].append(offer)
         return [
             MethodOffers.of(
+                self.drafter(name),
+                places,
                 offered,
-                self.acceptance.setdefault(name, MethodAcceptance(self._priors.get(name, (0.5, 0.1, 0.05, 0.03)))),
-                self.confidence.setdefault(name, ConfidenceCurve()),
+                step,
                 self.profile.draft(name).scaled(self.draft_scale.factor),
                 self._horizon,
             )
-            for name, offered in by_method.items()
+            for name, (places, offered) in by_method.items()
+            if offered
         ]
+
+    def drafter(self, method: str) -> Drafter:
+        """What is known of a method."""
+        if method not in self.drafters:
+            self.drafters[method] = Drafter(method, MethodAcceptance(self._priors.get(method, PRIOR)))
+        return self.drafters[method]
 
     def _seconds(self, load: _Load, room: int) -> Floats:
         """[room + 1] seconds of a step by its guesses, without the drafters'."""
@@ -135,134 +166,116 @@ class Goodput:
         return passes + self.host_scale.factor * (host(load.rows, 0) + host.per_guess * guesses)
 
     def _at_best_rate(
-        self, candidates: Sequence[Candidates], num_rows: int, certain: float, seconds: Floats, emitting: int
-    ) -> Allocation:
-        """The best bets beside no prompt, whose rate is the price of time; none where betting does not pay."""
-        known = self._rates.get(emitting, 0.0)
-        if known and self._step % 16:  # much as in the last step: one price and one line do
-            found = best_rate(candidates, num_rows, certain, seconds, known, rounds=1, lines=(self._line,))
+        self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int
+    ) -> tuple[Allocation, float]:
+        """The best bets beside no prompt, and their rate, which is the price of time; no bets where none pay."""
+        bucket = int(4 * math.log2(emitting))
+        known = self._rates.get(bucket, 0.0) * emitting
+        if known and self._plans % FRESH:  # much as in the last plan: one price and one line do
+            found = best_rate(candidates, num_rows, emitting, seconds, known, rounds=1, lines=(self._line,))
         else:
-            found = best_rate(candidates, num_rows, certain, seconds, known)
+            found = best_rate(candidates, num_rows, emitting, seconds, known)
         self._line = found.line
-        rate, off = found.emitted / found.seconds, certain / float(seconds[0])
+        rate, off = found.emitted / found.seconds, emitting / float(seconds[0])
         self._betting = rate > off * (1.0 if self._betting else 1.0 + self._margin)
-        self._rates[emitting] = rate if self._betting else off
-        return found if self._betting else no_bets(candidates, num_rows, certain, seconds)
+        if not self._betting:
+            found, rate = no_bets(candidates, num_rows, emitting, seconds), off
+        self._rates[bucket] = rate / emitting
+        return found, rate
 
-    def _weights(
-        self, rows: Sequence[PolicyRow], found: Allocation, candidates: Sequence[Candidates], seconds: Floats
-    ) -> Floats:
-        """How much a token of each row counts.
+    def _wished(
+        self,
+        rows: Sequence[PolicyRow],
+        step: Rows,
+        candidates: Sequence[Candidates],
+        seconds: Floats,
+        price: float,
+        found: Allocation,
+    ) -> Allocation:
+        """The best bets if the tokens of some rows count more.
 
         A row that asked for the lowest latency counts as all rows together, which makes time as dear as its own rate.
-        One that would miss its target under these bets counts twice, four times, and so on up to 16 times, until it
-        would not.
+        One that would miss its target counts twice, four times, and so on up to 16 times, until it would not.
         """
         weights = np.ones(len(rows))
-        weights[[row.speculation == "max" for row in rows]] = max(1, len(rows))
-        targets = np.array([row.target_tpot or np.inf for row in rows])
-        for _ in range(4 if np.isfinite(targets).any() else 0):
+        weights[[row.speculation == "max" for row in rows]] = step.samples.sum()
+        targets = np.array([row.target_tpot or math.inf for row in rows])
+        for _ in range(5):
+            if (weights > 1).any():
+                weighted = [some.weighted(weights) for some in candidates]
+                found = allocate(weighted, len(rows), float(weights[step.samples].sum()), seconds, price)
             emitted = np.ones(len(rows))
-            for method, bought in zip(candidates, found.guesses, strict=True):
-                emitted += np.bincount(method.rows[method.tree[bought]], method.value[bought], len(rows))
-            late = found.seconds / emitted > targets
+            for some, bought in zip(candidates, found.guesses, strict=True):
+                emitted += np.bincount(some.rows[bought.tree], bought.value, len(rows)) / weights
+            late = step.samples & (found.seconds / emitted > targets)
             if not late.any():
                 break
             weights[late] *= 2
-            weighted = [_weighted(c, weights) for c in candidates]
-            rate = found.emitted / found.seconds
-            certain = float(sum(weight for weight, row in zip(weights, rows, strict=True) if row.samples))
-            bought = allocate(weighted, len(rows), certain, seconds, rate)
-            found = Allocation(bought.method, bought.guesses, found.emitted, bought.seconds)
-        return weights
+        return found
 
-    def _probe(
-        self, methods: Sequence[MethodOffers], bets: list[Bet | None], seconds: Floats, rate: float
-    ) -> tuple[float, float]:
-        """Bets a little on the method that has been off for longest, when enough time was put by for it.
-
-        Returns:
-            Tokens and seconds that it adds.
-        """
-        used = {bet.method for bet in bets if bet is not None}
-        for method in methods:
-            self._idle[method.method] = 0 if method.method in used else self._idle.get(method.method, 0) + 1
-        self._credit += self._probe_share * float(seconds[0])
-        free = np.array([bet is None for bet in bets])
-        idle = [
-            method for method in methods if self._idle[method.method] and free[method.rows].any() and len(method.node)
-        ]
-        if not idle:
-            return 0.0, 0.0
-        method = max(idle, key=lambda method: self._idle[method.method])
-        candidates, guesses = method.candidates, sum(len(bet.tree) for bet in bets if bet is not None)
-        worth = np.bincount(candidates.tree, candidates.value, len(method.rows)) - rate * candidates.own
-        worth[~free[method.rows]] = -np.inf
-        bought = np.flatnonzero(candidates.tree == np.argmax(worth))[:PROBE_GUESSES]
-        if not len(bought) or guesses + len(bought) >= len(seconds):
-            return 0.0, 0.0
-        tokens = float(candidates.value[bought].sum())
-        time = float(
-            candidates.level_costs[candidates.depth[bought].max()]
-            + candidates.own[np.argmax(worth)]
-            + candidates.cost.per_guess * len(bought)
-            + seconds[guesses + len(bought)]
-            - seconds[guesses]
-        )
-        price = time - tokens / rate
-        self._credit = min(self._credit, max(2 * price, float(seconds[0])))  # nothing is hoarded for later
-        if price > self._credit:
-            return 0.0, 0.0
-        self._credit -= max(0.0, price)
-        ((row, bet),) = method.bets(np.isin(np.arange(len(method.node)), bought))
-        bets[row] = bet
-        self._idle[method.method] = 0
-        return tokens, time
+    def _make(self, method: MethodOffers, bought: Guesses, step: Rows, bets: list[Bet | None]) -> None:
+        """Notes the bets that these guesses are."""
+        for row, offer, bet, nodes in method.bets(bought):
+            bets[row] = bet
+            self._made[step.seqs[row]] = _Made(offer, bet, nodes)
 
     # ---- observe ----------------------------------------------------------------------------------------------------
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         """See `Policy.observe`."""
         self._step += 1
-        guesses = 0
         for row, got in zip(rows, result.rows, strict=True):
             self._seen[row.seq] = self._step
             if got.method is not None and got.tree:
-                guesses += len(got.tree)
-                acceptance = self.acceptance.setdefault(got.method, MethodAcceptance())
-                acceptance.observe(row.seq, Trials.of(got.tree, got.accepted))
-            for name, acceptance in self.acceptance.items():
-                if name != got.method:
-                    acceptance.fade(row.seq)
-        self._observe_time(_Load.of(rows), guesses, rows, result)
-        if self._step % 1000 == 0:
+                self.drafter(got.method).acceptance.observe(row.seq, Trials.of(got.tree, got.accepted))
+                made = self._made.get(row.seq)
+                if made is not None and made.offer.confidence is not None:
+                    self._observe_confidence(made, got)
+        for drafter in self.drafters.values():
+            drafter.acceptance.tick()
+        self._observe_time(rows, result)
+        if self._step % FORGET == 0:
             self._forget()
 
-    def _observe_time(self, load: _Load, guesses: int, rows: Sequence[PolicyRow], result: StepResult) -> None:
+    def _observe_confidence(self, made: _Made, got: RowResult) -> None:
+        """Learns from all children of accepted nodes: which of them is right is known once one of them is."""
+        assert made.offer.confidence is not None
+        reached = {-1, *got.accepted}
+        confidence = [
+            made.offer.confidence[made.nodes[node]]
+            for node, parent in zip(overlap(made.bet.tree, got.tree), got.tree.parents, strict=True)
+            if parent in reached
+        ]
+        accepted = [node in reached for node, parent in enumerate(got.tree.parents) if parent in reached]
+        self.drafter(made.bet.method).confidence.observe(np.array(confidence), np.array(accepted))
+
+    def _observe_time(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
+        guesses = sum(len(got.tree) for got in result.rows)
+        new, known = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
         seconds = dict(result.seconds)
         verify, draft = seconds.pop("verify", 0.0), seconds.pop("draft", 0.0)
-        self.verify_scale.observe(float(self.profile.verify(load.new + guesses, load.rows, load.context)), verify)
-        self.host_scale.observe(self.profile.host(load.rows, guesses), sum(seconds.values()))
+        self.verify_scale.observe(float(self.profile.verify(new + guesses, len(rows), known)), verify)
+        self.host_scale.observe(self.profile.host(len(rows), guesses), sum(seconds.values()))
         expected = 0.0
-        for method in {got.method for got in result.rows if got.method is not None}:
+        for method in {got.method for got in result.rows if got.tree and got.method is not None}:
             bet = [(row, got.tree) for row, got in zip(rows, result.rows, strict=True) if got.method == method]
-            expected += self.profile.draft(method)(
-                max(tree.depth for _, tree in bet),
-                len(bet),
-                sum(len(tree) for _, tree in bet),
-                sum(r.start for r, _ in bet),
-            )
+            cost, made = self.profile.draft(method), (self._made.get(row.seq) for row, _ in bet)
+            expected += cost.per_catch_up * sum(some.offer.catch_up for some in made if some is not None)
+            levels, size = max(tree.depth for _, tree in bet), sum(len(tree) for _, tree in bet)
+            expected += cost(levels, len(bet), size, sum(row.start for row, _ in bet))
         self.draft_scale.observe(expected, draft)
 
     def _forget(self) -> None:
         """Drops requests that have not been seen for long."""
-        gone = [seq for seq, step in self._seen.items() if step < self._step - 1000]
+        gone = [seq for seq, step in self._seen.items() if step < self._step - FORGET]
         for seq in gone:
             del self._seen[seq]
-            for acceptance in self.acceptance.values():
-                acceptance.forget(seq)
+            for drafter in self.drafters.values():
+                drafter.acceptance.forget(seq)
 
 
-def _weighted(candidates: Candidates, weights: Floats) -> Candidates:
-    c = candidates
-    return Candidates(c.rows, c.own, c.tree, c.depth, c.value * weights[c.rows[c.tree]], c.cost)
+def _loads(step: Rows, emitting: int) -> tuple[_Load, _Load]:
+    """What the step does anyway, and what it would do without the prompts in it."""
+    known = step.start + step.count
+    whole = _Load(len(step.seqs), int(step.count.sum()), int(known.sum()))
+    return whole, _Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting)

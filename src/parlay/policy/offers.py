@@ -2,61 +2,116 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from parlay.policy.acceptance import LEVELS, RANKS, ConfidenceCurve, MethodAcceptance
-from parlay.policy.allocation import Bools, Candidates
+from parlay.policy.acceptance import LEVELS, RANKS, Acceptance, ConfidenceCurve
+from parlay.policy.allocation import Bools, Candidates, Guesses, ManyTrees, OneTree
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import DraftCost
 from parlay.policy.trees import Floats, Ints, ancestor_mask, child_ranks, subtree
 from parlay.types import Bet, Offer, Tree
 
 UNLIKELY = 0.01  # guesses that survive less often are not looked at
+KEPT = 64  # trees for which a drafter's results are kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The rows of a step as arrays, [rows] each."""
+
+    seqs: list[int]
+    start: Ints
+    count: Ints
+    samples: Bools
+    deepest: Ints  # 0 where nothing may be bet
+    wishes: bool  # whether some row asked for more than its share
+
+    @classmethod
+    def of(cls, rows: Sequence[PolicyRow]) -> Rows:
+        samples = [row.samples for row in rows]
+        deepest = [row.max_depth if row.samples and row.speculation != "off" else 0 for row in rows]
+        return cls(
+            [row.seq for row in rows],
+            np.array([row.start for row in rows], dtype=np.intp),
+            np.array([row.count for row in rows], dtype=np.intp),
+            np.array(samples, dtype=bool),
+            np.array(deepest, dtype=np.intp),
+            any(row.speculation == "max" or row.target_tpot is not None for row in rows),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shape:
-    """A tree as arrays, by node.
-
-    Attributes:
-        depths: From 1.
-        level: Row of an acceptance matrix.
-        rank: Column of it.
-        ancestors: [ancestors, nodes] 1 where a node has this ancestor or is it.
-        size: Levels and ranks that the tree needs.
-    """
+    """A tree as arrays, [nodes] each."""
 
     depths: Ints
-    level: Ints
-    rank: Ints
-    ancestors: Floats
-    size: tuple[int, int]
+    level: Ints  # row of an acceptance matrix
+    rank: Ints  # column of it
+    levels: int
+    ranks: int
+    chain: bool
+    within: Floats  # [nodes, depth + 1] 1 where a node is no deeper than the depth
 
 
 @lru_cache(maxsize=4096)
 def _shape(tree: Tree) -> _Shape:
     depths, ranks = np.array(tree.depths), child_ranks(tree)
-    level = np.minimum(depths, LEVELS) - 1
-    size = int(level.max()) + 1, min(int(ranks.max()) + 1, RANKS)
-    return _Shape(depths, level, ranks, ancestor_mask(tree).T.astype(float), size)
+    level, rank = np.minimum(depths, LEVELS) - 1, np.minimum(ranks, RANKS - 1)
+    within = (depths[:, None] <= np.arange(tree.depth + 1)).astype(np.float64)
+    return _Shape(depths, level, rank, int(level.max()) + 1, int(rank.max()) + 1, tree.is_chain, within)
 
 
-def _survival(shape: _Shape, matrix: Floats) -> Floats:
-    """[offers, nodes]: products along paths, of acceptances [offers, levels, ranks]."""
-    ranks = matrix.shape[-1]
-    single = matrix[:, shape.level, np.minimum(shape.rank, ranks - 1)]
-    if shape.rank.max() >= ranks:
-        single[:, shape.rank >= ranks] = 0.0
-    return np.exp(np.log(np.maximum(single, 1e-12)) @ shape.ancestors)
+@lru_cache(maxsize=256)
+def _ancestors(tree: Tree) -> Floats:
+    """[ancestors, nodes] 1 where a node has this ancestor or is it."""
+    return ancestor_mask(tree).T.astype(np.float64)
 
 
-@lru_cache(maxsize=65536)
-def _part(tree: Tree, nodes: tuple[int, ...]) -> Tree:
-    return Tree.chain(len(nodes)) if tree.is_chain else subtree(tree, nodes)
+class Drafter:
+    """What is known of one method, and what follows from it for the trees that it offers again and again.
+
+    Args:
+        method: Its name.
+        acceptance: How often its guesses are accepted.
+    """
+
+    def __init__(self, method: str, acceptance: Acceptance) -> None:
+        self.method, self.acceptance, self.confidence = method, acceptance, ConfidenceCurve()
+        self._survivals: dict[Tree, tuple[Floats, Floats]] = {}
+        self._bets: dict[Tree, dict[tuple[int, ...], Bet]] = {}
+
+    def survival(self, tree: Tree) -> Floats:
+        """[groups, nodes] how likely each node is accepted, by group of requests; 0 where it is too unlikely.
+
+        An optimal subset must take siblings in their order, so none counts as more likely than an elder one.
+        """
+        matrices, known = self.acceptance.matrices, self._survivals.get(tree)
+        if known is None or known[0] is not matrices:
+            shape = _shape(tree)
+            falling = np.minimum.accumulate(matrices[:, : shape.levels, : shape.ranks], axis=-1)
+            single = falling[:, shape.level, shape.rank]
+            value = (
+                np.cumprod(single, axis=1)
+                if shape.chain
+                else np.exp(np.log(np.maximum(single, 1e-12)) @ _ancestors(tree))
+            )
+            if len(self._survivals) >= KEPT:
+                self._survivals.clear()
+            known = self._survivals[tree] = matrices, np.where(value < UNLIKELY, 0.0, value)
+        return known[1]
+
+    def parts(self, tree: Tree) -> dict[tuple[int, ...], Bet]:
+        """Bets on parts of a tree by their nodes, as far as they were made before."""
+        if tree not in self._bets:
+            if len(self._bets) >= KEPT:
+                self._bets.clear()
+            self._bets[tree] = {}
+        return self._bets[tree]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,71 +119,123 @@ class MethodOffers:
     """What one method offers to the rows of a step.
 
     Attributes:
-        method: Its name.
-        rows: [offers] the row of each.
-        trees: [offers] what could be bet on it.
-        node: [guesses] of the candidates, which node of its tree each is.
+        drafter: The method.
+        offers: Per tree of the candidates.
         candidates: The same for the optimiser.
+        catch_up: [offers] seconds that reading what was missed takes.
+        common: The tree that all of them offer, or the longest of their chains; None if they differ.
     """
 
-    method: str
-    rows: Ints
-    trees: tuple[Tree, ...]
-    node: Ints
+    drafter: Drafter
+    offers: Sequence[Offer]
     candidates: Candidates
+    catch_up: Floats
+    common: Tree | None
+
+    @property
+    def method(self) -> str:
+        return self.drafter.method
 
     @classmethod
     def of(
         cls,
-        offered: Sequence[tuple[int, PolicyRow, Offer]],
-        acceptance: MethodAcceptance,
-        confidence: ConfidenceCurve,
+        drafter: Drafter,
+        places: Sequence[int],
+        offers: Sequence[Offer],
+        rows: Rows,
         cost: DraftCost,
         horizon: float,
     ) -> MethodOffers:
         """Values every guess by its survival.
 
         Args:
-            offered: Offers of one method with their rows and the rows' places in the step.
-            acceptance: Of this method.
-            confidence: What its own estimates are worth.
-            cost: Of its drafter.
+            drafter: The method.
+            places: The row of each offer.
+            offers: All of this method.
+            rows: The step's.
+            cost: Of the drafter.
             horizon: Steps over which reading what was missed is spread.
         """
-        alike: dict[int, list[int]] = {}
-        for place, (_, _, offer) in enumerate(offered):
-            alike.setdefault(id(offer.tree), []).append(place)
-        shapes = [_shape(offered[places[0]][2].tree) for places in alike.values()]
-        deep, wide = (max(sizes) for sizes in zip(*(shape.size for shape in shapes), strict=True))
-        matrix = acceptance.matrix([row.seq for _, row, _ in offered], deep, wide)
-        # An optimal subset must take siblings in their order, so none may be worth more than an elder one.
-        matrix = np.minimum.accumulate(matrix, axis=-1)
-        deepest = np.array([row.max_depth for _, row, _ in offered])
-        parts: list[tuple[Ints, Ints, Ints, Floats]] = []
-        for shape, places in zip(shapes, alike.values(), strict=True):
-            some = np.array(places)
-            values = _survival(shape, matrix[some])
-            for line, place in enumerate(places):
-                if (own := offered[place][2].confidence) is not None:
-                    values[line] = np.exp(np.log(confidence(np.array(own))) @ shape.ancestors)
-            line, node = np.nonzero((values >= UNLIKELY) & (shape.depths <= deepest[some, None]))
-            parts.append((some[line], node, shape.depths[node], values[line, node]))
-        columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
-        place, node, depth, value = columns
-        rows = np.array([index for index, _, _ in offered])
-        own = np.full(len(offered), cost.per_row)
-        if cost.per_context or cost.per_catch_up:
-            own += cost.per_context * np.array([row.start for _, row, _ in offered])
-            own += cost.per_catch_up / horizon * np.array([offer.catch_up for _, _, offer in offered])
-        candidates = Candidates(rows, own, place, depth, value, cost)
-        return cls(offered[0][2].method, rows, tuple(offer.tree for _, _, offer in offered), node, candidates)
+        at = np.array(places)
+        seqs = rows.seqs if len(places) == len(rows.seqs) else [rows.seqs[place] for place in places]
+        limits = rows.deepest[at]
+        common, shorter = _common(offers)
+        own = np.full(len(offers), cost.per_row)
+        catch_up = np.zeros(len(offers))
+        if cost.per_context:
+            own += cost.per_context * rows.start[at]
+        if cost.per_catch_up:
+            catch_up = cost.per_catch_up * np.array([offer.catch_up for offer in offers])
+            own += catch_up / horizon
+        if common is None:
+            guesses = _different(drafter, offers, seqs, limits)
+            candidates: Candidates = ManyTrees(at, own, cost, int(guesses.depth.max(initial=0)), guesses)
+        else:
+            if shorter:
+                limits = np.minimum(limits, [len(offer.tree.parents) for offer in offers])
+            shape, group = _shape(common), drafter.acceptance.groups(seqs)
+            table = drafter.survival(common)
+            levels = shape.within.shape[1] - 1
+            candidates = OneTree(at, own, cost, levels, table, group, limits, shape.depths, shape.within)
+        return cls(drafter, offers, candidates, catch_up, common)
 
-    def bets(self, bought: Bools) -> list[tuple[int, Bet]]:
-        """Rows and their bets. bought: [guesses]."""
+    def bets(self, bought: Guesses) -> list[tuple[int, Offer, Bet, tuple[int, ...]]]:
+        """Rows, and for each the offer, the bet, and which nodes of the offered tree it is."""
         chosen: dict[int, list[int]] = {}
-        for place, node in zip(self.candidates.tree[bought].tolist(), self.node[bought].tolist(), strict=True):
-            chosen.setdefault(place, []).append(node)
-        return [
-            (int(self.rows[place]), Bet(self.method, _part(self.trees[place], tuple(nodes))))
-            for place, nodes in chosen.items()
-        ]
+        for place, node in zip(bought.tree.tolist(), bought.node.tolist(), strict=True):
+            if place in chosen:
+                chosen[place].append(node)
+            else:
+                chosen[place] = [node]
+        known = {} if self.common is None else self.drafter.parts(self.common)
+        rows, found = self.candidates.rows.tolist(), []
+        for place, some in chosen.items():
+            offer, nodes = self.offers[place], tuple(some)
+            bet = known.get(nodes)
+            if bet is None:
+                bet = Bet(self.method, subtree(offer.tree, nodes))
+                if self.common is not None:
+                    known[nodes] = bet
+            found.append((rows[place], offer, bet, nodes))
+        return found
+
+
+def _common(offers: Sequence[Offer]) -> tuple[Tree | None, bool]:
+    """The tree that all of them offer, or the longest of them if all are chains; None if they differ otherwise.
+
+    The second value says whether some are shorter.
+    """
+    trees = {id(offer.tree): offer.tree for offer in offers}
+    if [offer.confidence for offer in offers].count(None) < len(offers):
+        return None, False
+    if len(trees) == 1:
+        return offers[0].tree, False
+    return (max(trees.values(), key=len), True) if all(_shape(tree).chain for tree in trees.values()) else (None, False)
+
+
+def _different(drafter: Drafter, offers: Sequence[Offer], seqs: Sequence[int], limits: Ints) -> Guesses:
+    """Guesses of rows that were offered a tree of their own each, down to each row's limit. limits: [offers]."""
+    flat = itertools.chain.from_iterable
+    sizes = np.array([len(offer.tree.parents) for offer in offers])
+    total, ends = int(sizes.sum()), np.cumsum(sizes)
+    place = np.repeat(np.arange(len(offers)), sizes)
+    node = np.arange(total) - np.repeat(ends - sizes, sizes)
+    depth = np.array(list(flat([offer.tree.depths for offer in offers])))
+    parent = np.array(list(flat([offer.tree.parents for offer in offers])))
+    words = [offer.confidence for offer in offers if offer.confidence is not None]
+    value = drafter.confidence(np.array(list(flat(words))))
+    if len(words) < len(offers):
+        told = np.array([offer.confidence is not None for offer in offers])[place]
+        sure, value = value, np.empty(total)
+        value[told] = sure
+        shapes = [_shape(offer.tree) for offer in offers]
+        level, rank = (np.concatenate([getattr(s, name) for s in shapes]) for name in ("level", "rank"))
+        falling = np.minimum.accumulate(drafter.acceptance.matrices, axis=-1)
+        group = drafter.acceptance.groups(seqs)[place]
+        value[~told] = falling[group[~told], level[~told], rank[~told]]
+    above = np.arange(total) - node + parent
+    for level in range(2, int(depth.max()) + 1):
+        some = np.flatnonzero(depth == level)
+        value[some] *= value[above[some]]
+    likely = np.flatnonzero((value >= UNLIKELY) & (depth <= limits[place]))
+    return Guesses(place, node, depth, value).of(likely)

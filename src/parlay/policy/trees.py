@@ -8,6 +8,7 @@ change from level to level; the last row then holds for all deeper levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,8 +78,11 @@ def overlap(tree: Tree, bound: Tree) -> list[int]:
 
 def subtree(tree: Tree, nodes: Sequence[int]) -> Tree:
     """The shape of an ancestor-closed set of nodes, given in node order."""
-    number = {-1: -1} | {node: i for i, node in enumerate(nodes)}
-    return Tree(tuple(number[tree.parents[node]] for node in nodes))
+    parents, number = tree.parents, {-1: -1} | {node: place for place, node in enumerate(nodes)}
+    return _tree(tuple([number[parents[node]] for node in nodes]))
+
+
+_tree = lru_cache(maxsize=4096)(Tree)  # the same few shapes come again and again
 
 
 # ---- structure ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,290 @@
+"""`parlay simulate`: policies compared on the same simulated loads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from parlay.bench import environment, figures
+from parlay.bench.planning import acceptance_of, first_drafter
+from parlay.bench.report import Spread, console, progress, table
+from parlay.policy.named import Situation, make, offered
+from parlay.policy.profiles import read_profile
+from parlay.policy.server import Server
+from parlay.policy.simulate import Router, check_fits, simulate
+from parlay.policy.trees import Ints
+from parlay.policy.workload import Kind, Phase, Workload, draw, read_kinds, read_trace
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to simulate; see the options of the command for each."""
+
+    profile: str
+    acceptance: str
+    method: str | None
+    policies: tuple[str, ...]
+    size: int
+    depth: int
+    rates: str | None
+    phases: str | None
+    trace: Path | None
+    lengths: str
+    cv: float
+    requests: int
+    seeds: int
+    replicas: int
+    router: Router
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_tokens: int
+    noise: float
+    reuse: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One of the loads: phases to draw arrivals from, or None for those of the trace."""
+
+    name: str
+    rate: float | None
+    phases: tuple[Phase, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One policy under one load with one seed."""
+
+    load: str
+    rate: float | None
+    policy: str
+    seed: int
+    requests: int
+    summary: dict[str, float]
+    seconds: tuple[float, ...]  # of the time series
+    guesses: tuple[float | None, ...]
+    rows: tuple[float | None, ...]
+    tokens_per_second: tuple[float, ...]
+    simulated_in: float  # seconds of real time
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """All results of a simulation."""
+
+    settings: Settings
+    outcomes: tuple[Outcome, ...]
+
+
+def run(settings: Settings, json_to: str | None, plot: Path | None) -> None:
+    """Simulates and prints.
+
+    Raises:
+        ValueError: naming the option that is wrong.
+    """
+    if plot is not None:
+        figures.check_name(plot)
+    captured = environment.capture()
+    found = compare(settings)
+    if json_to is not None:
+        environment.deliver(json_to, captured, found)
+    if plot is not None:
+        figures.draw_simulation(plot, found.outcomes)
+    if json_to != "-":
+        show(found.outcomes, settings)
+
+
+def compare(settings: Settings) -> Outcomes:
+    """All policies under all loads with all seeds, as many at a time as there are cores."""
+    loads = _loads(settings)
+    _check(settings, loads)
+    jobs = list(itertools.product(range(len(loads)), range(settings.seeds), settings.policies))
+    found: dict[tuple[int, int, str], Outcome] = {}
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with progress("simulating", len(jobs)) as advance:
+        if workers == 1:
+            for load, seed, policy in jobs:
+                found[load, seed, policy] = one(settings, loads[load], seed, policy)
+                advance()
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                waiting = {pool.submit(one, settings, loads[job[0]], job[1], job[2]): job for job in jobs}
+                for done in as_completed(waiting):
+                    found[waiting[done]] = done.result()
+                    advance()
+    return Outcomes(settings, tuple(found[job] for job in jobs))
+
+
+def one(settings: Settings, load: Load, seed: int, policy: str) -> Outcome:
+    """One policy under one load."""
+    began = time.perf_counter()
+    server, situation = _situation(settings, load, seed)
+    result = simulate(
+        server,
+        situation.workload,
+        situation.kinds,
+        situation.offers,
+        make(policy, situation),
+        replicas=settings.replicas,
+        router=settings.router,
+        seed=seed,
+        reuse=settings.reuse,
+    )
+    series = result.series
+    return Outcome(
+        load.name,
+        load.rate,
+        policy,
+        seed,
+        len(result.workload),
+        result.summary,
+        tuple(series.seconds.tolist()),
+        _optional(series.guesses),
+        _optional(series.rows),
+        tuple(series.tokens_per_second.tolist()),
+        time.perf_counter() - began,
+    )
+
+
+def _optional(values: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(None if np.isnan(value) else value for value in values.tolist())
+
+
+def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situation]:
+    profile = read_profile(settings.profile)
+    kinds = read_kinds(settings.acceptance, settings.method or first_drafter(profile))
+    server = Server(profile, settings.max_num_seqs, settings.max_num_batched_tokens, settings.kv_tokens, settings.noise)
+    work = _workload(settings, load, kinds, seed)
+    offers = offered(acceptance_of(kinds), settings.size, settings.depth)
+    return server, Situation(profile, kinds, work, offers, settings.reuse)
+
+
+def _workload(settings: Settings, load: Load, kinds: tuple[Kind, ...], seed: int) -> Workload:
+    if load.phases is not None:
+        return draw(load.phases, _lengths(settings.lengths), kinds, seed, settings.cv)
+    assert settings.trace is not None
+    arrival, (prompt, output) = read_trace(settings.trace)
+    rng, shares = np.random.default_rng(seed), np.array([kind.share for kind in kinds])
+    return Workload(arrival, prompt, output, rng.choice(len(kinds), size=len(arrival), p=shares / shares.sum()))
+
+
+def _check(settings: Settings, loads: Sequence[Load]) -> None:
+    """Finds out what is wrong with the options before anything runs."""
+    for load in loads:
+        server, situation = _situation(settings, load, 0)
+        check_fits(server, situation.workload)
+        for policy in settings.policies:
+            make(policy, situation)
+    if len(set(settings.policies)) < len(settings.policies):
+        raise ValueError("policies: each may be named once")
+
+
+def _loads(settings: Settings) -> list[Load]:
+    given = [name for name in ("rates", "phases", "trace") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise ValueError("rate, phases, trace: give one of them")
+    if settings.trace is not None:
+        return [Load(settings.trace.name, None, None)]
+    if settings.phases is not None:
+        return [Load(settings.phases, None, tuple(_phases(settings.phases, settings.replicas)))]
+    return [
+        Load(f"{rate:g}/s", rate, (Phase(settings.requests / (rate * settings.replicas), rate * settings.replicas),))
+        for rate in _rates(settings.rates or "2")
+    ]
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"rate {text!r}: write requests per second, as 2 or 0.5,1,2,4")
+    return rates
+
+
+def _phases(text: str, replicas: int) -> Iterator[Phase]:
+    for part in text.split(","):
+        seconds, _, rate = part.partition("x")
+        try:
+            phase = Phase(float(seconds), float(rate) * replicas)
+        except ValueError:
+            phase = Phase(0.0, 0.0)
+        if not (phase.seconds > 0 and phase.rate >= 0):
+            raise ValueError(f"phases {text!r}: write seconds and requests per second, as 40x1,40x16")
+        yield phase
+
+
+def _lengths(text: str) -> tuple[Ints, Ints]:
+    prompt, _, output = text.partition(",")
+    if prompt.strip().isdecimal() and output.strip().isdecimal() and int(prompt) and int(output):
+        return np.array([int(prompt)]), np.array([int(output)])
+    if not Path(text).exists():
+        raise ValueError(f"lengths {text!r}: write tokens of prompt and output, as 256,128, or name a CSV file")
+    return read_trace(Path(text))[1]
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
+    """Prints a table for every load."""
+    out = console()
+    for load in dict.fromkeys(outcome.load for outcome in outcomes):
+        some = [outcome for outcome in outcomes if outcome.load == load]
+        out.print(table(_title(load, some, settings), COLUMNS, list(_lines(some))))
+
+
+COLUMNS = (
+    "policy", "latency s, mean", "p99", "TTFT s, p50", "TPOT ms, p50", "tokens/s", "guesses/row", "tokens/step",
+    "over off", "over best fixed", "plan ms",
+)  # fmt: skip
+
+
+def _title(load: str, some: Sequence[Outcome], settings: Settings) -> str:
+    where = f" over {settings.replicas} replicas" if settings.replicas > 1 else ""
+    return f"{settings.profile}, {load}{where}: {some[0].requests} requests, {settings.seeds} seeds; means over seeds"
+
+
+def _lines(some: Sequence[Outcome]) -> Iterator[tuple[object, ...]]:
+    by_policy = {
+        policy: [o.summary for o in some if o.policy == policy] for policy in dict.fromkeys(o.policy for o in some)
+    }
+    fixed = [policy for policy in by_policy if policy == "off" or policy.startswith("fixed")]
+    for policy, found in by_policy.items():
+
+        def mean(name: str, found: Iterable[dict[str, float]] = found) -> float:
+            return statistics.mean(summary[name] for summary in found)
+
+        yield (
+            policy,
+            f"{mean('latency_mean'):.3f}",
+            f"{mean('latency_p99'):.3f}",
+            f"{mean('ttft_p50'):.3f}",
+            f"{1000 * mean('tpot_p50'):.2f}",
+            f"{mean('goodput'):.0f}",
+            f"{mean('guesses'):.2f}",
+            f"{mean('tokens_per_step'):.2f}",
+            f"{gain(found, by_policy['off']):.2f}" if "off" in by_policy else "",
+            f"{gain(found, min((by_policy[name] for name in fixed), key=total)):.3f}" if fixed else "",
+            f"{1000 * mean('policy_seconds') / max(mean('plans'), 1):.2f}",
+        )
+
+
+def total(found: Sequence[dict[str, float]]) -> float:
+    """Mean latency, summed over seeds."""
+    return sum(summary["latency_mean"] for summary in found)
+
+
+def gain(found: Sequence[dict[str, float]], than: Sequence[dict[str, float]]) -> Spread:
+    """How many times lower the mean latency is than the other's, seed by seed."""
+    return Spread.of(b["latency_mean"] / a["latency_mean"] for a, b in zip(found, than, strict=True))
