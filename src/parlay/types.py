@@ -60,8 +60,6 @@ class SamplingParams:
         prompt_logprobs: The same for prompt tokens; such a request takes no prefix hit.
         speculation: "off" never guesses for this request, "auto" lets the policy decide, "max" asks for the
             lowest latency of this request.
-        target_tpot_ms: Milliseconds per output token that a policy which can should keep this request under, before it
-            thinks of tokens per second.
         verification: Force a lossless verification mode; None picks greedy at temperature 0, coupled with a seed,
             optimal otherwise.
         skip_special_tokens: Leave special tokens out of the text.
@@ -85,7 +83,6 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     speculation: Speculation = "auto"
-    target_tpot_ms: float | None = None
     verification: Literal["optimal", "coupled"] | None = None
     skip_special_tokens: bool = True
 
@@ -121,7 +118,6 @@ class SamplingParams:
             self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
         )
         _require(self.speculation in ("off", "auto", "max"), "speculation", 'must be "off", "auto" or "max"')
-        _require(self.target_tpot_ms is None or 0 < self.target_tpot_ms < math.inf, "target_tpot_ms", "must be above 0")
         _require(
             self.verification in (None, "optimal", "coupled"), "verification", 'must be "optimal", "coupled" or None'
         )
@@ -219,6 +215,7 @@ class Row:
     scored: int  # prompt positions whose log-probabilities were delivered in earlier steps
     max_depth: int  # 0 where nothing may be guessed in this step
     pages: list[int]  # KV pages of positions 0..; shared with the scheduler, read only
+    target_tpot: float | None = None  # seconds per output token that the row wants to stay under
 
     @property
     def samples(self) -> bool:
@@ -228,12 +225,6 @@ class Row:
     @property
     def speculation(self) -> Speculation:
         return self.request.params.speculation
-
-    @property
-    def target_tpot(self) -> float | None:
-        """Seconds per output token that the request wants to stay under."""
-        milliseconds = self.request.params.target_tpot_ms
-        return None if milliseconds is None else milliseconds / 1000
 
     @property
     def prompt_reads(self) -> range:

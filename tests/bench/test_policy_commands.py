@@ -58,7 +58,7 @@ def test_simulate_compares_policies_on_the_same_loads(tmp_path: Path) -> None:
         "--plot", str(picture), *LOAD,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("goodput") == 2
+    assert result.stdout.count("goodput: predicted acceptance was off by") == 2
     found = json.loads(numbers.read_text())
     assert [(o["load"], o["policy"]) for o in found["outcomes"]] == [
         (load, policy) for load in ("1/s", "20/s") for policy in ("off", "fixed:2", "goodput")
@@ -84,6 +84,7 @@ def test_simulate_takes_phases_and_traces(tmp_path: Path) -> None:
         (["plan", "--profile", "h100"], "no such built-in profile"),
         (["plan", "--batch", "1,x"], "write batch sizes"),
         (["plan", "--acceptance", "0.9,0.2"], "at most 1"),
+        (["plan", "--method", "medusa"], "no costs for 'medusa', only for eagle"),
         (["plan", "--plot", "plan.jpeg"], "must end in"),
         (["simulate", "--policies", "of"], "did you mean off"),
         (["simulate", "--policies", "off,off"], "named once"),

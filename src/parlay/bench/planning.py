@@ -83,7 +83,7 @@ def run(
     """
     costs, sizes = read_profile(profile), _batch_sizes(batches)
     kinds = read_kinds(acceptance, method or first_drafter(costs))
-    matrices = acceptance_of(kinds)
+    matrices = acceptance_of(kinds, costs)
     planner = Planner(costs, matrices, context=context, size=size, depth=depth, chains=chains or export is not None)
     if export is not None:
         _export(planner, sizes, export)
@@ -110,9 +110,19 @@ def first_drafter(profile: Profile) -> str:
     return next(iter(profile.drafts))
 
 
-def acceptance_of(kinds: tuple[Kind, ...]) -> dict[str, Floats]:
-    """By method, the acceptance of any request."""
-    return {method: mixture(kinds, method) for method in sorted({name for kind in kinds for name in kind.acceptance})}
+def acceptance_of(kinds: tuple[Kind, ...], profile: Profile) -> dict[str, Floats]:
+    """By method, the acceptance of any request.
+
+    Raises:
+        ValueError: for a method that the profile has no cost of.
+    """
+    methods = sorted({name for kind in kinds for name in kind.acceptance})
+    for method in methods:
+        if method not in profile.drafts:
+            raise ValueError(
+                f"acceptance: the profile has no costs for {method!r}, only for {', '.join(profile.drafts)}"
+            )
+    return {method: mixture(kinds, method) for method in methods}
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -17,6 +17,9 @@ import numpy as np
 from parlay.bench import environment, figures
 from parlay.bench.planning import acceptance_of, first_drafter
 from parlay.bench.report import Spread, console, progress, table
+from parlay.policy.acceptance import MethodAcceptance, Reliability
+from parlay.policy.base import Policy
+from parlay.policy.goodput import Goodput
 from parlay.policy.named import Situation, make, offered
 from parlay.policy.profiles import read_profile
 from parlay.policy.server import Server
@@ -31,24 +34,24 @@ class Settings:
 
     profile: str
     acceptance: str
-    method: str | None
     policies: tuple[str, ...]
-    size: int
-    depth: int
-    rates: str | None
-    phases: str | None
-    trace: Path | None
-    lengths: str
-    cv: float
-    requests: int
-    seeds: int
-    replicas: int
-    router: Router
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    kv_tokens: int
-    noise: float
-    reuse: int
+    method: str | None = None
+    size: int = 16
+    depth: int = 8
+    rates: str | None = None
+    phases: str | None = None
+    trace: Path | None = None
+    lengths: str = "256,256"
+    cv: float = 1.0
+    requests: int = 1000
+    seeds: int = 3
+    replicas: int = 1
+    router: Router = "least_loaded"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    kv_tokens: int = 400_000
+    noise: float = 0.0
+    reuse: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Outcome:
     guesses: tuple[float | None, ...]
     rows: tuple[float | None, ...]
     tokens_per_second: tuple[float, ...]
+    calibration: dict[str, list[Mapping[str, float]]]  # by method: predicted acceptance against what happened
+    calibration_error: float | None  # mean distance of the two; None for policies that predict nothing
     simulated_in: float  # seconds of real time
 
 
@@ -103,9 +108,14 @@ def run(settings: Settings, json_to: str | None, plot: Path | None) -> None:
         show(found.outcomes, settings)
 
 
-def compare(settings: Settings) -> Outcomes:
-    """All policies under all loads with all seeds, as many at a time as there are cores."""
-    loads = _loads(settings)
+def compare(settings: Settings, loads: Sequence[Load] = ()) -> Outcomes:
+    """All policies under all loads with all seeds, as many at a time as there are cores.
+
+    Args:
+        settings: What to simulate.
+        loads: Under which loads, where not under those that the settings name.
+    """
+    loads = loads or _loads(settings)
     _check(settings, loads)
     jobs = list(itertools.product(range(len(loads)), range(settings.seeds), settings.policies))
     found: dict[tuple[int, int, str], Outcome] = {}
@@ -128,18 +138,25 @@ def one(settings: Settings, load: Load, seed: int, policy: str) -> Outcome:
     """One policy under one load."""
     began = time.perf_counter()
     server, situation = _situation(settings, load, seed)
+    make_policy, policies = make(policy, situation), []
+
+    def made() -> Policy:
+        policies.append(make_policy())
+        return policies[-1]
+
     result = simulate(
         server,
         situation.workload,
         situation.kinds,
         situation.offers,
-        make(policy, situation),
+        made,
         replicas=settings.replicas,
         router=settings.router,
         seed=seed,
         reuse=settings.reuse,
     )
-    series = result.series
+    series, calibration = result.series, _calibration(policies[0])
+    errors = [some.error for some in calibration.values()]
     return Outcome(
         load.name,
         load.rate,
@@ -151,8 +168,19 @@ def one(settings: Settings, load: Load, seed: int, policy: str) -> Outcome:
         _optional(series.guesses),
         _optional(series.rows),
         tuple(series.tokens_per_second.tolist()),
+        {method: some.curve for method, some in calibration.items()},
+        statistics.mean(errors) if errors else None,
         time.perf_counter() - began,
     )
+
+
+def _calibration(policy: Policy) -> dict[str, Reliability]:
+    """How far a policy that predicts acceptance could be trusted, by method."""
+    found = {}
+    for method, drafter in policy.drafters.items() if isinstance(policy, Goodput) else ():
+        if isinstance(drafter.acceptance, MethodAcceptance):
+            found[method] = drafter.acceptance.reliability
+    return found
 
 
 def _optional(values: np.ndarray) -> tuple[float | None, ...]:
@@ -164,7 +192,7 @@ def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situa
     kinds = read_kinds(settings.acceptance, settings.method or first_drafter(profile))
     server = Server(profile, settings.max_num_seqs, settings.max_num_batched_tokens, settings.kv_tokens, settings.noise)
     work = _workload(settings, load, kinds, seed)
-    offers = offered(acceptance_of(kinds), settings.size, settings.depth)
+    offers = offered(acceptance_of(kinds, profile), settings.size, settings.depth)
     return server, Situation(profile, kinds, work, offers, settings.reuse)
 
 
@@ -242,6 +270,11 @@ def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
     for load in dict.fromkeys(outcome.load for outcome in outcomes):
         some = [outcome for outcome in outcomes if outcome.load == load]
         out.print(table(_title(load, some, settings), COLUMNS, list(_lines(some))))
+        for outcome in some:
+            if outcome.calibration_error is not None and outcome.seed == 0:
+                out.print(
+                    f"{outcome.policy}: predicted acceptance was off by {100 * outcome.calibration_error:.1f} points on average"
+                )
 
 
 COLUMNS = (

@@ -17,7 +17,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros on the CPU, in huge pages where the system has them.
 
     They cost no memory until they are written: the system hands out zeroed pages on first use. With huge pages a step
-    looks up fewer addresses: measured on 2 cores, 7% less time with 1 row and 4% with 16.
+    looks up fewer addresses.
     """
     count = math.prod(shape)
     if count == 0:

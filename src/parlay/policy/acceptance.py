@@ -24,6 +24,7 @@ LEVELS = 16  # deeper guesses are taken for as good as those of the last level
 RANKS = 8  # children beyond it are taken for never accepted
 CERTAIN = 0.99  # no estimate is higher
 HOPE = 0.02  # nor lower, for a rank that had any chance at first: what is never tried can never become better
+LEAST_WEIGHT, MOST_WEIGHT = 2.0, 60.0  # expected acceptances that the pool weighs against a request's own
 FADE = 0.99  # of what is known of a request, in a step
 REFRESH = 512  # outcomes that an estimate leaves out at most
 PER_OCTAVE, LOWEST, HIGHEST = 8, -3, 1  # factors of requests are told apart by 9%, from 1/8 to 2
@@ -95,7 +96,11 @@ class MethodAcceptance:
         prior: [ranks] acceptance before anything is known; further ranks get half of the last one's, a quarter, ...
         memory: Accepted nodes after which an old one counts a third.
         pool_weight: Trials that the estimate of a rank weighs against those of a level.
-        row_weight: Expected acceptances that the pool weighs against a request's own.
+        row_weight: Expected acceptances that the pool weighs against a request's own, until it is known how much
+            requests differ.
+
+    Attributes:
+        reliability: What it predicted of guesses that were tried, against what happened.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class MethodAcceptance:
         self._time = 0
         self._matrices: Floats | None = None
         self._unheard = 0  # outcomes that the pool does not show yet
+        self.reliability = Reliability()
         self.trials = 0  # of all time
         self._hear()
 
@@ -188,6 +194,7 @@ class MethodAcceptance:
             self._rank_tried[rank] += weight
             self._tried[level][rank] += weight
             expected += likely
+            self.reliability.observe(min(likely * factor, CERTAIN), (level, rank) in won)
         for level, rank in won:
             self._rank_accepted[rank] += self._weight
             self._accepted[level][rank] += self._weight
@@ -213,7 +220,24 @@ class MethodAcceptance:
         if self._time % 16 == 0:  # those that were not heard of come nearer to the others
             accepted, expected, last = self._requests
             trust = FADE ** (self._time - last)
+            self._weigh_requests(accepted * trust, expected * trust)
             self._group = _nearest((accepted * trust + self._row_weight) / (expected * trust + self._row_weight))
+
+    def _weigh_requests(self, accepted: Floats, expected: Floats) -> None:
+        """Sets how much a request's own outcomes count by how much requests differ.
+
+        Were they all alike, a request's accepted guesses would differ from what is expected by chance alone. What they
+        differ more is the variance of their factors (empirical Bayes, by the method of moments). accepted, expected:
+        [requests].
+        """
+        told = expected > 3
+        if told.sum() < 4:
+            return
+        accepted, expected = accepted[told], expected[told]
+        chance = 1 - float(self.pool[0, 0])  # variance of an accepted count over its mean, halved as old ones fade
+        spread = float((np.square(accepted - expected) - 0.6 * chance * expected).sum() / np.square(expected).sum())
+        wanted = min(max(chance / max(spread, 1e-6), LEAST_WEIGHT), MOST_WEIGHT)
+        self._row_weight += 0.2 * (wanted - self._row_weight)
 
     def forget(self, seq: int) -> None:
         """See `Acceptance.forget`."""
@@ -309,7 +333,7 @@ class Reliability:
     """
 
     def __init__(self, bins: int = 10) -> None:
-        self._count, self._predicted, self._accepted = np.zeros(bins), np.zeros(bins), np.zeros(bins)
+        self._count, self._predicted, self._accepted = [0] * bins, [0.0] * bins, [0] * bins
 
     def observe(self, predicted: float, accepted: bool) -> None:
         place = min(int(predicted * len(self._count)), len(self._count) - 1)
@@ -322,19 +346,12 @@ class Reliability:
         """Per bin that holds anything: mean prediction, share accepted, number of guesses."""
         return [
             {"predicted": predicted / count, "accepted": accepted / count, "guesses": count}
-            for count, predicted, accepted in zip(
-                self._count.tolist(), self._predicted.tolist(), self._accepted.tolist(), strict=True
-            )
+            for count, predicted, accepted in zip(self._count, self._predicted, self._accepted, strict=True)
             if count
         ]
 
     @property
     def error(self) -> float:
         """Expected calibration error: the mean distance of a guess's bin from the diagonal."""
-        total = self._count.sum()
-        return float(np.abs(self._predicted - self._accepted).sum() / total) if total else 0.0
-
-
-def accepted_over_drafted(tree: Tree, accepted: Sequence[int]) -> tuple[int, int]:
-    """The estimator that is common and biased, for comparison: accepted guesses, and all of them."""
-    return len(accepted), len(tree)
+        off = (abs(predicted - accepted) for predicted, accepted in zip(self._predicted, self._accepted, strict=True))
+        return sum(off) / max(sum(self._count), 1)
