@@ -272,9 +272,8 @@ def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
         out.print(table(_title(load, some, settings), COLUMNS, list(_lines(some))))
         for outcome in some:
             if outcome.calibration_error is not None and outcome.seed == 0:
-                out.print(
-                    f"{outcome.policy}: predicted acceptance was off by {100 * outcome.calibration_error:.1f} points on average"
-                )
+                points = 100 * outcome.calibration_error
+                out.print(f"{outcome.policy}: predicted acceptance was off by {points:.1f} points on average")
 
 
 COLUMNS = (
