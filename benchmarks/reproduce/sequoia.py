@@ -29,7 +29,8 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)  # nodes with the root, as the paper coun
 DEEPEST = 24
 
 # Table 1, Llama2-7B with a 68M draft on an A100: data, (n, d), tokens per step, speed-up. 24.2 ms a token without a
-# bet and 0.5 ms a draft step; t(128) is not printed, and 1.07 is the middle of what the printed speed-ups imply.
+# bet and 0.5 ms a draft step. t(128) is not printed: 1.07 is the middle of what the printed speed-ups imply, so that
+# what is checked is whether one t and the formula explain all of them.
 TABLE1 = (
     ("C4, T=0", 128, 10, 5.08, 4.04), ("C4, T=0.6", 128, 7, 3.92, 3.18),
     ("OpenWebText, T=0", 128, 7, 3.86, 3.22), ("OpenWebText, T=0.6", 128, 6, 3.33, 2.71),
@@ -45,11 +46,11 @@ def main() -> None:
     shapes: dict[str, Callable[[int], float]] = {
         "Sequoia": lambda guesses: float(best.emitted[-1, guesses]),
         "one chain": lambda guesses: value(Tree.chain(guesses)),
-        "8 chains": lambda guesses: value(trees.chains(8, max(1, guesses // 8))),
-        "16 chains": lambda guesses: value(trees.chains(16, max(1, guesses // 16))),
+        "8 chains": lambda guesses: value(chains(8, guesses)),
+        "16 chains": lambda guesses: value(chains(16, guesses)),
         "binary tree": lambda guesses: value(complete(2, guesses)),
         "4-ary tree": lambda guesses: value(complete(4, guesses)),
-        "best k chains of any depth": best_chains,
+        "best number of chains": best_chains,
     }
     curves = {name: [tokens(size - 1) for size in SIZES] for name, tokens in shapes.items()}
     specinfer = {"5 x 8 chains (40 guesses)": value(trees.chains(5, 8)), "best sweep of 40": best_chains(40)}
@@ -75,6 +76,16 @@ def value(tree: Tree) -> float:
     return trees.expected_emitted(tree, VECTOR)
 
 
+def chains(count: int, guesses: int) -> Tree:
+    """So many chains, as equal as may be, of so many guesses in all; fewer chains where there are fewer guesses."""
+    count = min(count, guesses)
+    parents: list[int] = []
+    for place in range(count):
+        length = guesses // count + (place < guesses % count)
+        parents += [-1, *range(len(parents), len(parents) + length - 1)]
+    return Tree(tuple(parents))
+
+
 def complete(branching: int, guesses: int) -> Tree:
     """The k-ary tree of at most so many guesses with all levels full but the last."""
     parents = [(node - branching) // branching if node >= branching else -1 for node in range(guesses)]
@@ -82,8 +93,8 @@ def complete(branching: int, guesses: int) -> Tree:
 
 
 def best_chains(guesses: int) -> float:
-    """The best number of chains of equal depth."""
-    return max(value(trees.chains(count, guesses // count)) for count in range(1, min(guesses, 31) + 1))
+    """The best number of chains."""
+    return max(value(chains(count, guesses)) for count in range(1, min(guesses, 31) + 1))
 
 
 def draw(curves: dict[str, list[float]], tree: Tree) -> None:
@@ -115,7 +126,8 @@ def show(curves: dict[str, list[float]], specinfer: dict[str, float], table1: li
     out.print(table("Table 1", columns, lines))
     worst = max(abs(row["ours"] / row["paper"] - 1) for row in table1)
     out.print(
-        f"largest difference from the paper's speed-ups: {worst:.1%} (bar: 5%, {'met' if worst <= 0.05 else 'missed'})"
+        f"largest difference from the paper's speed-ups with one t(128) = {VERIFY} for all: {worst:.1%} (bar: 5%, "
+        f"{'met' if worst <= 0.05 else 'missed'})"
     )
 
 

@@ -31,6 +31,15 @@ PROFILE = Profile(
 )
 
 
+def test_a_pass_takes_no_less_than_its_least() -> None:
+    """Even with the published negative share of a row."""
+    cost = VerifyCost.linear(0.007, 0.00002, per_row=-0.00004)
+    assert float(cost(1000, 1000, 0)) == 0.007
+    assert float(cost(1000, 10, 0)) == pytest.approx(0.007 + 0.02 - 0.0004)
+    with pytest.raises(ValueError, match="finite"):
+        VerifyCost.linear(0.007, math.inf)
+
+
 def test_a_curve_runs_through_its_knots_and_on_along_its_last_line() -> None:
     cost = VerifyCost((1, 8, 16), (10.0, 10.0, 18.0), per_row=1.0, per_context=0.5)
     assert cost(np.array([1, 4, 8, 12, 16, 24]), 0, 0).tolist() == [10, 10, 10, 14, 18, 26]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from parlay.policy import trees
+from parlay.policy.acceptance import RANKS, MethodAcceptance
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.goodput import Goodput
+from parlay.policy.offers import Drafter
 from parlay.types import Offer, StepPlan, Tree
 from tests.policy.machine import FakeRow, Machine, guesses, rows
 
@@ -128,6 +130,27 @@ def test_a_row_with_a_target_is_served_first() -> None:
     some[7] = dataclasses.replace(some[7], target_tpot=0.011)
     wanted = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)}).plan(some, offers, 256)
     assert guesses(StepPlan((wanted.bets[7],))) > guesses(StepPlan((usual.bets[7],)))
+
+
+def test_what_is_expected_of_rows_with_wishes_is_counted_in_tokens() -> None:
+    some = [FakeRow(seq, target_tpot=1e-6) for seq in range(31)] + [FakeRow(31, speculation="max")]
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (0.6,)})
+    plan = policy.plan(some, [[Offer("prompt_lookup", CHAIN)]] * 32, 256)
+    assert 32 < policy.expected.emitted < 32 + guesses(plan)
+
+
+def test_a_hopeless_method_does_not_keep_others_from_being_tried() -> None:
+    policy = Goodput(PROFILE, priors={"good": (0.02,)})
+    offers = [Offer("hopeless", Tree.chain(1), confidence=(0.002,)), Offer("good", Tree.chain(1))]
+    machine = Machine(policy, {"hopeless": 0.0, "good": 0.02}, PROFILE)
+    tried = sum(guesses(machine.step(rows(4), offers)) for _ in range(1500))
+    assert tried > 30
+
+
+def test_children_beyond_the_known_ranks_are_worth_nothing() -> None:
+    values = Drafter("m", MethodAcceptance((0.15,) * 6)).survival(trees.kary(20, 1))
+    assert (values.sum(axis=1) <= 1).all()
+    assert (values[:, RANKS:] == 0).all()
 
 
 def test_beside_a_long_prompt_it_does_not_bet_as_if_time_were_free() -> None:

@@ -17,8 +17,8 @@ NAMES = ("off", "fixed:1", "fixed:3", "fixed:6", "synergy", "smartspec", "goodpu
 
 
 def latency(name: str, rate: float, seed: int = 0) -> float:
-    work = draw([Phase(200 / rate, rate)], (np.array([128]), np.array([128])), KINDS, seed)
-    situation = Situation(PROFILE, KINDS, work, offered({"eagle": np.array([0.7, 0.1])}, 16, 8), reuse=4)
+    work = draw([Phase(120 / rate, rate)], (np.array([128]), np.array([128])), KINDS, seed)
+    situation = Situation(PROFILE, KINDS, work, offered(KINDS, 16, 8), reuse=4)
     found = simulate(Server(PROFILE), work, KINDS, situation.offers, make(name, situation), seed=seed, reuse=4)
     return float(found.latency.mean())
 
@@ -35,7 +35,7 @@ def test_the_adaptive_policies_keep_up_with_the_best_fixed_one(rate: float) -> N
 
 
 def test_an_offered_tree_holds_the_best_tree_and_a_deep_chain() -> None:
-    (offer,) = offered({"eagle": np.array([0.4, 0.3, 0.1])}, 12, 8)
+    (offer,) = offered([Kind("a", 1.0, {"eagle": np.array([0.4, 0.3, 0.1])})], 12, 8)
     assert len(overlap(offer.tree, Tree.chain(8))) == 8
     assert 12 <= len(offer.tree) < 20
 
@@ -47,6 +47,6 @@ def test_an_offered_tree_holds_the_best_tree_and_a_deep_chain() -> None:
 )  # fmt: skip
 def test_unknown_policies_are_refused(name: str, message: str) -> None:
     work = draw([Phase(10, 1)], (np.array([8]), np.array([8])), KINDS, 0)
-    situation = Situation(PROFILE, KINDS, work, offered({"eagle": np.array([0.7])}, 8, 8))
+    situation = Situation(PROFILE, KINDS, work, offered(KINDS, 8, 8))
     with pytest.raises(ValueError, match=message):
         make(name, situation)

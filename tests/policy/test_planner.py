@@ -59,7 +59,8 @@ def test_exports() -> None:
     always = length_table(Planner(PROFILE, {"draft": np.array([0.99])}, depth=2, chains=True), [1, 2])
     assert vllm_bands(always, 4) == [[1, 4, 2]]
     assert trtllm_schedule([[1, 4, 2]]) == {4: 2}
-    assert trtllm_schedule([[1, 4, 0]]) == {}
+    assert trtllm_schedule([[1, 4, 0]]) == {1: 0}
+    assert trtllm_schedule([[1, 4, 2], [5, 8, 3], [9, 16, 1]]) == {4: 2, 8: 2, 16: 1}
 
 
 @pytest.mark.parametrize("name", BUILTIN)

@@ -21,6 +21,12 @@ def test_gaps_have_the_rate_and_the_spread_that_were_asked_for(cv: float) -> Non
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.05)
 
 
+def test_bursts_do_not_begin_with_the_first_request() -> None:
+    counts = [arrivals([Phase(500, 2)], 5.0, np.random.default_rng(seed)) for seed in range(300)]
+    assert np.mean([len(times) for times in counts]) == pytest.approx(1000, rel=0.05)
+    assert np.mean([(times < 50).sum() for times in counts]) == pytest.approx(100, rel=0.2)
+
+
 def test_phases_have_their_own_rates_and_kinds() -> None:
     kinds = (Kind("prose", 1.0, {}), Kind("code", 0.0, {}))
     phases = [Phase(100, 2), Phase(100, 0), Phase(100, 20, shares=(0.0, 1.0))]
@@ -79,6 +85,10 @@ def test_acceptances_are_read_from_words_and_files(tmp_path: Path) -> None:
         '{"kinds": [{"name": "a", "acceptance": {"m": []}}]}',
         '{"kinds": [{"name": "a", "acceptance": {"m": {"hits": "012"}}}]}', '{"kinds": [{"name": "a"}]}',
         '{"kinds": [{"name": "a", "share": -1, "acceptance": {"m": [0.5]}}]}',
+        '{"kinds": [{"name": "a", "share": 1e999, "acceptance": {"m": [0.5]}}]}',
+        '{"kinds": [{"name": "a", "share": "x", "acceptance": {"m": [0.5]}}]}',
+        '{"kinds": [{"name": "a", "acceptance": {}}]}',
+        '{"kinds": [{"name": "a", "acceptance": {"m": [[0.5], [0.5, 0.1]]}}]}',
     ],
 )  # fmt: skip
 def test_files_that_are_no_acceptances_are_refused(tmp_path: Path, text: str) -> None:

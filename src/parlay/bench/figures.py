@@ -47,7 +47,8 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.6, height: float = 
 
 
 def check_name(path: Path) -> None:
-    """Refuses what `save` could not write."""
+    """Refuses what `save` could not write, before anything is computed."""
+    new_figure(1)
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"plot {str(path)!r}: the name must end in .svg, .png or .pdf")
 

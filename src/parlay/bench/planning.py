@@ -86,6 +86,8 @@ def run(
     matrices = acceptance_of(kinds, costs)
     planner = Planner(costs, matrices, context=context, size=size, depth=depth, chains=chains or export is not None)
     if export is not None:
+        if json_to is not None or plot is not None:
+            raise ValueError("export: prints nothing else; leave out json and plot")
         _export(planner, sizes, export)
         return
     if plot is not None:

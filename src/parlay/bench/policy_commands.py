@@ -44,7 +44,7 @@ def plan(
         Literal["vllm", "trtllm"] | None,
         typer.Option(
             help="Print, and nothing else, the best chain length of every batch size up to the largest of --batch, as "
-            "vLLM's num_speculative_tokens_per_batch_size or TensorRT-LLM's draft_len_schedule.",
+            "vLLM's num_speculative_tokens_per_batch_size or TensorRT-LLM's (1.3) draft_len_schedule.",
             rich_help_panel="Report",
         ),
     ] = None,
@@ -83,9 +83,12 @@ def simulate(
         ),
     ] = "off,fixed:3,synergy,smartspec,goodput,oracle",
     size: Annotated[
-        int, typer.Option(help="Guesses that a drafter offers a row at most.", rich_help_panel="Bets", min=1, max=512)
+        int, typer.Option(help="Guesses of the tree that a drafter offers.", rich_help_panel="Bets", min=1, max=512)
     ] = 16,
-    depth: Annotated[int, typer.Option(help="And levels.", rich_help_panel="Bets", min=1, max=16)] = 8,
+    depth: Annotated[
+        int,
+        typer.Option(help="Its levels; a chain of so many is on offer, too.", rich_help_panel="Bets", min=1, max=16),
+    ] = 8,
     rate: Annotated[
         str | None,
         typer.Option(

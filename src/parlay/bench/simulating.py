@@ -192,17 +192,30 @@ def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situa
     kinds = read_kinds(settings.acceptance, settings.method or first_drafter(profile))
     server = Server(profile, settings.max_num_seqs, settings.max_num_batched_tokens, settings.kv_tokens, settings.noise)
     work = _workload(settings, load, kinds, seed)
-    offers = offered(acceptance_of(kinds, profile), settings.size, settings.depth)
+    acceptance_of(kinds, profile)  # refuses methods that have no costs
+    offers = offered(kinds, settings.size, settings.depth)
     return server, Situation(profile, kinds, work, offers, settings.reuse)
 
 
 def _workload(settings: Settings, load: Load, kinds: tuple[Kind, ...], seed: int) -> Workload:
-    if load.phases is not None:
+    if load.phases is not None and load.rate is None:
         return draw(load.phases, _lengths(settings.lengths), kinds, seed, settings.cv)
+    if load.phases is not None:
+        return _first(settings, load.phases[0], kinds, seed)
     assert settings.trace is not None
     arrival, (prompt, output) = read_trace(settings.trace)
     rng, shares = np.random.default_rng(seed), np.array([kind.share for kind in kinds])
     return Workload(arrival, prompt, output, rng.choice(len(kinds), size=len(arrival), p=shares / shares.sum()))
+
+
+def _first(settings: Settings, phase: Phase, kinds: tuple[Kind, ...], seed: int) -> Workload:
+    """The first so many requests of a steady load."""
+    while True:
+        work = draw([phase], _lengths(settings.lengths), kinds, seed, settings.cv)
+        if len(work) >= settings.requests:
+            some = slice(settings.requests)
+            return Workload(work.arrival[some], work.prompt[some], work.output[some], work.kind[some])
+        phase = Phase(2 * phase.seconds, phase.rate)
 
 
 def _check(settings: Settings, loads: Sequence[Load]) -> None:
@@ -235,8 +248,8 @@ def _rates(text: str) -> list[float]:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
         rates = [0.0]
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"rate {text!r}: write requests per second, as 2 or 0.5,1,2,4")
+    if not all(1e-6 <= rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+        raise ValueError(f"rate {text!r}: write requests per second, as 2 or 0.5,1,2,4, each once")
     return rates
 
 
@@ -247,7 +260,7 @@ def _phases(text: str, replicas: int) -> Iterator[Phase]:
             phase = Phase(float(seconds), float(rate) * replicas)
         except ValueError:
             phase = Phase(0.0, 0.0)
-        if not (phase.seconds > 0 and phase.rate >= 0):
+        if not (0 < phase.seconds < float("inf") and 0 <= phase.rate < float("inf")):
             raise ValueError(f"phases {text!r}: write seconds and requests per second, as 40x1,40x16")
         yield phase
 

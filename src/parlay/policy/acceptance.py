@@ -243,6 +243,7 @@ class MethodAcceptance:
         """See `Acceptance.forget`."""
         slot = self._slots.pop(seq, None)
         if slot is not None:
+            self._requests[:, slot] = 0.0
             self._free.append(slot)
 
     def _grow(self) -> int:
@@ -314,7 +315,8 @@ class ConfidenceCurve:
             features = np.array([x, 1.0])
             p = 1 / (1 + math.exp(-float(features @ self._weights)))
             self._information = self._keep * self._information + p * (1 - p) * np.outer(features, features)
-            self._weights = self._weights + np.linalg.solve(self._information, features * (won - p))
+            slope, offset = self._weights + np.linalg.solve(self._information, features * (won - p))
+            self._weights = np.array([max(slope, 0.01), offset])  # what the drafter prefers is never worth less
 
 
 def _logit(probability: Floats) -> Floats:

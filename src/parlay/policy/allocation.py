@@ -227,11 +227,15 @@ def assign(methods: Sequence[Candidates], num_rows: int, price: float, slope: fl
             paid = np.add.outer(paid, price * method.level_costs)
         else:
             best = np.maximum(best, line[-1])
-    totals = best.sum(axis=-1) - paid
-    depths = iter(np.unravel_index(np.argmax(totals), totals.shape))
-    levels = [int(next(depths)) if method.pays_for_levels else method.levels for method in methods]
-    chosen = np.stack([np.zeros(num_rows), *(line[level] for line, level in zip(worth, levels, strict=True))])
-    return np.argmax(chosen, axis=0) - 1, levels
+    place = int((best.sum(axis=-1) - paid).argmax())
+    levels = [method.levels for method in methods]
+    for index in range(len(methods) - 1, -1, -1):
+        if methods[index].pays_for_levels:
+            place, levels[index] = divmod(place, methods[index].levels + 1)
+    chosen = np.zeros((len(methods) + 1, num_rows))
+    for index, (line, level) in enumerate(zip(worth, levels, strict=True), start=1):
+        chosen[index] = line[level]
+    return chosen.argmax(axis=0) - 1, levels
 
 
 def buy(

@@ -30,6 +30,8 @@ class VerifyCost:
             along lines; fewer tokens than the first take as long as it.
         per_row: Seconds for every row.
         per_context: Seconds for every token in KV that is attended to.
+
+    The two may be below 0, as regressions of others have them; a pass takes no less than `seconds` begins with.
     """
 
     knots: tuple[int, ...]
@@ -42,12 +44,14 @@ class VerifyCost:
             raise ValueError("knots, seconds: must be equally many, and at least one")
         if any(a >= b for a, b in itertools.pairwise(self.knots)):
             raise ValueError("knots: must rise")
+        if not all(map(math.isfinite, (*self.seconds, self.per_row, self.per_context))) or self.seconds[0] < 0:
+            raise ValueError("seconds, per_row, per_context: must be finite, and seconds not negative")
 
     @classmethod
     def linear(cls, fixed: float, per_token: float, per_row: float = 0.0, per_context: float = 0.0) -> VerifyCost:
         return cls((0, 1), (fixed, fixed + per_token), per_row, per_context)
 
-    def __call__(self, new: Floats | Ints | float, rows: float, context: float) -> Floats:
+    def __call__(self, new: Floats | Ints | float, rows: float, context: Floats | Ints | float) -> Floats:
         """Seconds of a pass over so many new tokens (any shape) of so many rows with so much context in all."""
         n = np.asarray(new, dtype=np.float64)
         knots, seconds = self.knots, self.seconds
@@ -55,7 +59,7 @@ class VerifyCost:
         if len(knots) > 1:
             slope = (seconds[-1] - seconds[-2]) / (knots[-1] - knots[-2])
             curve = curve + slope * np.maximum(0.0, n - knots[-1])
-        return curve + (self.per_row * rows + self.per_context * context)
+        return np.maximum(curve + (self.per_row * rows + self.per_context * context), seconds[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +194,8 @@ def fit_verify(new: Ints, rows: Ints, context: Ints, seconds: Floats, knots: Seq
 
 def relative_errors(cost: VerifyCost, new: Ints, rows: Ints, context: Ints, seconds: Floats) -> tuple[float, float]:
     """Median and worst of |predicted / measured - 1|."""
-    base = cost(new, 0, 0) + cost.per_row * rows + cost.per_context * context
-    error = np.abs(base / seconds - 1)
+    predicted = np.array([float(cost(*shape)) for shape in zip(new, rows, context, strict=True)])
+    error = np.abs(predicted / seconds - 1)
     return float(np.median(error)), float(error.max())
 
 

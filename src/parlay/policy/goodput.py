@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -160,10 +160,12 @@ class Goodput:
 
     def _seconds(self, load: _Load, room: int) -> Floats:
         """[room + 1] seconds of a step by its guesses, without the drafters'."""
-        guesses = np.arange(room + 1)
-        passes = self.profile.verify(load.new + guesses, load.rows, load.context) * self.verify_scale.factor
-        host = self.profile.host
-        return passes + self.host_scale.factor * (host(load.rows, 0) + host.per_guess * guesses)
+        verify, host = self.profile.verify, self.profile.host
+        passes = verify(np.arange(load.new, load.new + room + 1), load.rows, load.context)
+        slower = self.host_scale.factor
+        return self.verify_scale.factor * passes + np.linspace(
+            slower * host(load.rows, 0), slower * host(load.rows, room), room + 1
+        )
 
     def _at_best_rate(
         self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int
@@ -204,9 +206,10 @@ class Goodput:
             if (weights > 1).any():
                 weighted = [some.weighted(weights) for some in candidates]
                 found = allocate(weighted, len(rows), float(weights[step.samples].sum()), seconds, price)
+                found = replace(found, guesses=_counted(candidates, found.guesses, 1 / weights))
             emitted = np.ones(len(rows))
             for some, bought in zip(candidates, found.guesses, strict=True):
-                emitted += np.bincount(some.rows[bought.tree], bought.value, len(rows)) / weights
+                emitted += np.bincount(some.rows[bought.tree], bought.value, len(rows))
             late = step.samples & (found.seconds / emitted > targets)
             if not late.any():
                 break
@@ -279,3 +282,11 @@ def _loads(step: Rows, emitting: int) -> tuple[_Load, _Load]:
     known = step.start + step.count
     whole = _Load(len(step.seqs), int(step.count.sum()), int(known.sum()))
     return whole, _Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting)
+
+
+def _counted(candidates: Sequence[Candidates], guesses: Sequence[Guesses], weights: Floats) -> tuple[Guesses, ...]:
+    """The guesses with the tokens of each row counting so much more. weights: [rows]."""
+    return tuple(
+        Guesses(some.tree, some.node, some.depth, some.value * weights[method.rows[some.tree]])
+        for method, some in zip(candidates, guesses, strict=True)
+    )

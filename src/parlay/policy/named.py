@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from parlay.policy.planner import Planner, length_table
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.smartspec import SmartSpec
 from parlay.policy.trees import Floats, Ints
-from parlay.policy.workload import Kind, Workload, mixture
+from parlay.policy.workload import Kind, Recorded, Workload, mixture
 from parlay.types import Offer, Tree
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that a table is made for
@@ -80,9 +80,17 @@ def _profiled(situation: Situation, method: str, longest: int) -> Planner:
     return Planner(situation.profile, acceptance, context=context, depth=longest, chains=True)
 
 
-def offered(acceptance: Mapping[str, Floats], size: int, depth: int) -> tuple[Offer, ...]:
-    """What drafters with these acceptances offer: the best tree of this size, and a chain as deep as it may be."""
-    return tuple(Offer(method, _with_chain(matrix, size, depth)) for method, matrix in acceptance.items())
+def offered(kinds: Sequence[Kind], size: int, depth: int) -> tuple[Offer, ...]:
+    """What drafters offer: the best tree of this size for any of these requests, and a chain as deep as it may be.
+
+    A recording says what chains gain and nothing else, so a method that has one offers the chain alone.
+    """
+    found = []
+    for method in dict.fromkeys(method for kind in kinds for method in kind.acceptance):
+        recorded = any(isinstance(kind.acceptance.get(method), Recorded) for kind in kinds)
+        tree = Tree.chain(depth) if recorded else _with_chain(mixture(kinds, method), size, depth)
+        found.append(Offer(method, tree))
+    return tuple(found)
 
 
 def _with_chain(matrix: Floats, size: int, depth: int) -> Tree:

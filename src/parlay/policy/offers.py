@@ -52,6 +52,7 @@ class _Shape:
     depths: Ints
     level: Ints  # row of an acceptance matrix
     rank: Ints  # column of it
+    known: Bools  # whether it has such a column; other children are taken for never accepted
     levels: int
     ranks: int
     chain: bool
@@ -63,7 +64,7 @@ def _shape(tree: Tree) -> _Shape:
     depths, ranks = np.array(tree.depths), child_ranks(tree)
     level, rank = np.minimum(depths, LEVELS) - 1, np.minimum(ranks, RANKS - 1)
     within = (depths[:, None] <= np.arange(tree.depth + 1)).astype(np.float64)
-    return _Shape(depths, level, rank, int(level.max()) + 1, int(rank.max()) + 1, tree.is_chain, within)
+    return _Shape(depths, level, rank, ranks < RANKS, int(level.max()) + 1, int(rank.max()) + 1, tree.is_chain, within)
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +95,7 @@ class Drafter:
         if known is None or known[0] is not matrices:
             shape = _shape(tree)
             falling = np.minimum.accumulate(matrices[:, : shape.levels, : shape.ranks], axis=-1)
-            single = falling[:, shape.level, shape.rank]
+            single = np.where(shape.known, falling[:, shape.level, shape.rank], 0.0)
             value = (
                 np.cumprod(single, axis=1)
                 if shape.chain
@@ -229,10 +230,10 @@ def _different(drafter: Drafter, offers: Sequence[Offer], seqs: Sequence[int], l
         sure, value = value, np.empty(total)
         value[told] = sure
         shapes = [_shape(offer.tree) for offer in offers]
-        level, rank = (np.concatenate([getattr(s, name) for s in shapes]) for name in ("level", "rank"))
+        level, rank, known = (np.concatenate([getattr(s, n) for s in shapes]) for n in ("level", "rank", "known"))
         falling = np.minimum.accumulate(drafter.acceptance.matrices, axis=-1)
         group = drafter.acceptance.groups(seqs)[place]
-        value[~told] = falling[group[~told], level[~told], rank[~told]]
+        value[~told] = np.where(known, falling[group, level, rank], 0.0)[~told]
     above = np.arange(total) - node + parent
     for level in range(2, int(depth.max()) + 1):
         some = np.flatnonzero(depth == level)

@@ -121,8 +121,14 @@ def vllm_bands(table: LengthTable, most: int) -> list[list[int]]:
 
 
 def trtllm_schedule(bands: Sequence[Sequence[int]]) -> dict[int, int]:
-    """TensorRT-LLM's `draft_len_schedule`: length by the last batch size that it holds for; none beyond the last."""
-    schedule = {last: length for _, last, length in bands}
-    while schedule and schedule[max(schedule)] == 0:
-        del schedule[max(schedule)]
-    return schedule
+    """TensorRT-LLM's `draft_len_schedule`: length by the last batch size that it holds for; none beyond the last.
+
+    It wants no length to be larger than that of the smallest batch size, so lengths that rise again are cut.
+    """
+    schedule: dict[int, int] = {}
+    least = bands[0][2]
+    for _, last, length in bands:
+        least = min(least, length)
+        if least:
+            schedule[last] = least
+    return schedule or {1: 0}

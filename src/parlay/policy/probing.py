@@ -59,11 +59,11 @@ class Prober:
             self._idle[method.method] = 0 if busy else self._idle.get(method.method, 0) + 1
         self._credit += self._share * float(seconds[0])
         idle = [place for place, method in enumerate(methods) if not used[place]]
-        if not idle or self._credit < self._needed:
+        if not idle or not self._share or self._credit < self._needed:
             return None
-        probe = self._cheapest(
-            max(idle, key=lambda place: self._idle[methods[place].method]), methods, found, seconds, price
-        )
+        idle.sort(key=lambda place: -self._idle[methods[place].method])
+        probes = (self._cheapest(place, methods, found, seconds, price) for place in idle)
+        probe = next((some for some in probes if some is not None), None)
         if probe is None:
             return None
         cost = probe.seconds - probe.tokens / price
@@ -101,7 +101,7 @@ class Prober:
             return None
         time = (
             candidates.level_costs[some.depth.max()]
-            + candidates.cost.per_row + method.catch_up[tree]
+            + candidates.own[tree] + method.catch_up[tree]
             + candidates.cost.per_guess * count
             + seconds[after] - seconds[before]
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,8 +90,6 @@ class Replica:
         self._held = _Held()
         self._ahead: _Ahead | None = None
         self._chances, self._next = rng.random(CHANCES), 0
-        most = server.max_num_batched_tokens + server.max_num_seqs * (1 + 64)
-        self._curve = server.profile.verify(np.arange(most + 1), 0, 0).tolist()
 
     def send(self, request: int) -> None:
         """Queues a request."""
@@ -122,17 +119,18 @@ class Replica:
         table = self._table[:, : self._rows]
         emits = counts == table[LEFT]
         new, emitting = int(counts.sum()), int(emits.sum())
+        if self._context + new > self.server.kv_tokens:
+            self._preempt()
+            return now, 0
         planned = self._bets(counts, emits, emitting)
         self._count_bets()
-        if self._context + new + self._held.guesses > self.server.kv_tokens:
-            if planned is None:
-                table[BET] = 0
-                self._held.counted = False
-                self._count_bets()
-            if self._context + new > self.server.kv_tokens:
-                self._preempt()
-                return now, 0
-        seconds = self._seconds(new)
+        if (
+            self._context + new + self._held.guesses > self.server.kv_tokens
+        ):  # drafts shrink before anybody is preempted
+            table[BET] = 0
+            self._held.counted = False
+            self._count_bets()
+        seconds = self._seconds(counts, self._noise(1)[0])
         end, accepted = self._outcomes.draw(table[BET], table[KIND], self._draw(self._rows), self._place(table))
         duration = sum(seconds.values())
         if planned is not None:
@@ -167,12 +165,10 @@ class Replica:
         if ends.any():
             emitted = np.minimum(emitted[: int(ends.argmax()) + 1], left)
         totals = emitted.sum(axis=1)
-        context = self._context + rows + np.concatenate([[0], totals[:-1]])
-        seconds = sum(self._seconds(rows).values()) + self.server.profile.verify.per_context * (
-            context - self._context - rows
-        )
-        if self.server.noise:
-            seconds = seconds * np.exp(self.server.noise * self._rng.standard_normal(len(seconds)))
+        grown = np.concatenate([[0], totals[:-1]])
+        profile, guesses = self.server.profile, self._held.guesses
+        verify = profile.verify(rows + guesses, rows, self._context + rows + grown)
+        seconds = (verify + self._held.draft + profile.host(rows, guesses)) * self._noise(len(totals))
         self._ahead = _Ahead(emitted, totals.tolist(), seconds.tolist(), full)
         return self._ahead
 
@@ -238,13 +234,15 @@ class Replica:
         Returns:
             The rows that were planned for; None where nothing was planned.
         """
-        held = self._held
+        held, table = self._held, self._table[:, : self._rows]
         if not emitting or (held.steps < self._reuse and _alike(emitting, held.rows)):
             held.steps += 1
+            if self._filling and held.common:
+                table[BET, emits & ((table[LEFT] != 1) | (table[OUT] == 0))] = held.common
+                held.counted = False
             return None
         began = perf_counter()
-        table = self._table[:, : self._rows]
-        deepest = np.clip(table[GOAL] - table[OUT] - 1, 0, MOST_DEPTH)
+        deepest = np.where(emits, np.clip(table[GOAL] - table[OUT] - 1, 0, MOST_DEPTH), 0)
         runs = np.flatnonzero(counts)
         rows = [
             SimulatedRow(*values)
@@ -262,7 +260,8 @@ class Replica:
         plan = self.policy.plan(rows, [self._offers] * len(rows), room)
         table[BET] = 0
         table[BET, runs] = self._numbers(plan)
-        common = int(np.bincount(table[BET, emits]).argmax())
+        untrimmed = deepest == deepest.max()
+        common = int(np.bincount(table[BET, untrimmed]).argmax()) if self._reuse > 1 else 0
         self._held = _Held(1, emitting, common)
         self.counts.plans += 1
         self.counts.policy_seconds += perf_counter() - began
@@ -292,13 +291,21 @@ class Replica:
             guesses, context = self._outcomes.size[bets[mine]].sum(), self._table[CONTEXT, : self._rows][mine].sum()
             held.draft += self.server.profile.draft(method)(depth, int(mine.sum()), int(guesses), int(context))
 
-    def _seconds(self, new: int) -> dict[str, float]:
-        profile, rows, guesses = self.server.profile, self._rows, self._held.guesses
-        verify = self._curve[new + guesses] + profile.verify.per_row * rows
-        verify += profile.verify.per_context * (self._context + new)
-        slower = math.exp(self.server.noise * self._rng.standard_normal()) if self.server.noise else 1.0
+    def _seconds(self, counts: np.ndarray, slower: float) -> dict[str, float]:
+        """Of a step in which each row runs so many known tokens; rows that run none cost nothing."""
+        profile, guesses, new = self.server.profile, self._held.guesses, int(counts.sum())
+        rows, context = self._rows, self._context
+        if self._filling and not counts.all():
+            rows, context = int((counts > 0).sum()), int(self._table[CONTEXT, : self._rows][counts > 0].sum())
+        verify = float(profile.verify(new + guesses, rows, context + new))
         host = profile.host(rows, guesses)
         return {"verify": slower * verify, "draft": slower * self._held.draft, "accept": slower * host}
+
+    def _noise(self, steps: int) -> np.ndarray:
+        """[steps] how much slower than its profile each is."""
+        if not self.server.noise:
+            return np.ones(steps)
+        return np.exp(self.server.noise * self._rng.standard_normal(steps))
 
     def _draw(self, count: int) -> np.ndarray:
         if self._next + count > CHANCES:
@@ -333,14 +340,13 @@ class Replica:
             fresh = emits & (table[OUT] == 0)
             self._times.first[table[REQUEST, fresh]] = end
             table[CONTEXT] += counts + np.maximum(emitted - 1, 0)
-            begun = emits & (table[LEFT] != 1)
-            table[BET, begun & (table[BET] == 0)] = self._held.common if self._reuse > 1 else 0
             table[LEFT] = np.where(emits, 1, table[LEFT] - counts)
+            table[OUT] += emitted
             self._filling = _unsettled(table)
             self._held.counted = False
         else:
             table[CONTEXT] += emitted
-        table[OUT] += emitted
+            table[OUT] += emitted
         self.counts.emitted += int(emitted.sum())
         self.counts.accepted += int((emitted - emits).sum())
         ended = self._release(end)

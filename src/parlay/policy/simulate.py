@@ -100,14 +100,17 @@ class Run:
 
 
 class _Log:
-    """Totals by slice of time, for the series."""
+    """Totals by slice of time, for the series; slices are so wide that arrivals take `SLICES` of them."""
 
     def __init__(self, seconds: float) -> None:
         self._width = seconds / SLICES
-        self._totals = [[0, 0, 0, 0] for _ in range(SLICES)]
+        self._totals: list[list[int]] = []
 
     def note(self, now: float, guesses: int, emitting: int, emitted: int) -> None:
-        into = self._totals[min(int(now / self._width), SLICES - 1)]
+        place = int(now / self._width)
+        while len(self._totals) <= place:
+            self._totals.append([0, 0, 0, 0])
+        into = self._totals[place]
         into[0] += guesses
         into[1] += emitting
         into[2] += emitted
@@ -118,7 +121,7 @@ class _Log:
         guesses, emitting, emitted, steps = np.array(self._totals, dtype=np.float64).T
         ran = np.where(emitting > 0, emitting, np.nan)
         return Series(
-            np.arange(float(SLICES)) * self._width,
+            np.arange(float(len(guesses))) * self._width,
             guesses / ran,
             emitting / np.where(steps > 0, steps, np.nan),
             emitted / self._width,
@@ -158,7 +161,7 @@ def simulate(
     check_fits(server, workload)
     times = Times(np.full(len(workload), math.nan), np.full(len(workload), math.nan))
     outcomes = Outcomes(kinds)
-    log = _Log(max(1.05 * float(workload.arrival[-1]), 1.0))
+    log = _Log(max(float(workload.arrival[-1]), 1.0))
     fleet = [
         Replica(
             server,

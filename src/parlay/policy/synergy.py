@@ -136,8 +136,8 @@ def regret(measured: Sequence[float] | Floats, chosen: int) -> float:
 class LengthTable:
     """The length for every batch size, from those that were profiled.
 
-    A batch size in between takes the length of the next larger one, which is never the longer of its neighbours'; one
-    beyond the largest takes that of the largest.
+    A batch size in between takes the length of the next larger one, which is the shorter where lengths fall; one beyond
+    the largest takes that of the largest.
 
     Args:
         lengths: By profiled batch size.

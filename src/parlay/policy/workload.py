@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,28 +82,31 @@ def read_kinds(text: str, method: str) -> tuple[Kind, ...]:
     try:
         written = np.array([float(part) for part in text.split(",")])
     except ValueError:
+        if not Path(text).is_file():
+            raise ValueError(f"acceptance {text!r}: no such file, and no probabilities such as 0.7,0.1") from None
         return _kinds_of(Path(text))
     return (Kind("all", 1.0, {method: _checked(written, "acceptance")}),)
 
 
 def _kinds_of(path: Path) -> tuple[Kind, ...]:
     try:
-        kinds = tuple(
-            Kind(
-                str(entry["name"]),
-                float(entry.get("share", 1.0)),
-                {
-                    method: _acceptance(value, f"{entry['name']}.{method}")
-                    for method, value in entry["acceptance"].items()
-                },
-            )
-            for entry in json.loads(path.read_text(encoding="utf-8"))["kinds"]
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no file of acceptances: {error!r}") from error
-    if not kinds or not all(kind.share >= 0 for kind in kinds) or not any(kind.share for kind in kinds):
-        raise ValueError(f"{path}: kinds must not be empty, and share must be 0 or more, and above 0 once")
-    return kinds
+        entries = [_kind(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["kinds"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the first is JSON's and Unicode's, too
+        said = error if type(error) is ValueError else repr(error)
+        raise ValueError(f"{path} is no file of acceptances: {said}") from error
+    if not entries or not any(kind.share for kind in entries):
+        raise ValueError(f"{path}: kinds must not be empty, and share must be above 0 once")
+    return tuple(entries)
+
+
+def _kind(entry: Mapping[str, Any]) -> Kind:
+    name, share = str(entry["name"]), float(entry.get("share", 1.0))
+    if not 0 <= share < np.inf:
+        raise ValueError(f"{name}.share: must be 0 or more")
+    found = {method: _acceptance(value, f"{name}.{method}") for method, value in entry["acceptance"].items()}
+    if not found:
+        raise ValueError(f"{name}.acceptance: names no method")
+    return Kind(name, share, found)
 
 
 def _acceptance(value: object, where: str) -> Floats | Recorded:
@@ -111,7 +115,12 @@ def _acceptance(value: object, where: str) -> Floats | Recorded:
         if not hits or set(hits) - {"0", "1"}:
             raise ValueError(f"{where}: hits must be a string of 0 and 1")
         return Recorded(np.frombuffer(hits.encode(), dtype=np.uint8) == ord("1"))
-    return _checked(np.asarray(value, dtype=np.float64), where)
+    try:
+        return _checked(np.asarray(value, dtype=np.float64), where)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{where}: must be probabilities that sum to at most 1, by child or by level and child"
+        ) from None
 
 
 def _checked(matrix: Floats, where: str) -> Floats:
@@ -200,13 +209,14 @@ def arrivals(phases: Sequence[Phase], cv: float, rng: np.random.Generator) -> Fl
     ends = np.cumsum([0.0, *(phase.seconds for phase in phases)])
     expected = np.cumsum([0.0, *(phase.seconds * phase.rate for phase in phases)])
     shape = 1 / cv**2
-    found, reached = [], 0.0
+    reached = -30 * max(1.0, cv**2)  # it has run for long when the first phase begins
+    found = []
     while reached < expected[-1]:
         gaps = rng.gamma(shape, 1 / shape, max(16, int(1.1 * (expected[-1] - reached)) + 1))
         found.append(reached + np.cumsum(gaps))
         reached = float(found[-1][-1])
-    clock = np.concatenate(found) if found else np.zeros(0)
-    return np.interp(clock[clock < expected[-1]], expected, ends)
+    clock = np.concatenate([np.zeros(0), *found])
+    return np.interp(clock[(clock >= 0) & (clock < expected[-1])], expected, ends)
 
 
 def draw(
