@@ -19,6 +19,7 @@ LEFT, CONTEXT, OUT, GOAL, KIND, BET, REQUEST = range(7)  # what is kept of every
 MOST_DEPTH = 16
 CHANCES = 4096  # random numbers drawn at a time
 AHEAD = 16  # steps computed together at most
+TOLERANCE = 128  # plans are kept for 16 steps while the number of rows is within 16/128 of what it was
 
 
 @dataclass(slots=True)
@@ -147,7 +148,7 @@ class Replica:
     def _looks_ahead(self) -> bool:
         """Whether the next steps hang on nothing but chance: no prompts, no plan that is due, KV for the worst case."""
         held, rows = self._held, self._rows
-        if self._filling or not rows or self._reuse - held.steps < 2 or not _alike(rows, held.rows):
+        if self._filling or not rows or self._reuse - held.steps < 2 or not self._holds(rows):
             return False
         most = rows * AHEAD * (1 + MOST_DEPTH)
         return not self._outcomes.recorded and self._context + most <= self.server.kv_tokens
@@ -235,7 +236,7 @@ class Replica:
             The rows that were planned for; None where nothing was planned.
         """
         held, table = self._held, self._table[:, : self._rows]
-        if not emitting or (held.steps < self._reuse and _alike(emitting, held.rows)):
+        if not emitting or (held.steps < self._reuse and self._holds(emitting)):
             held.steps += 1
             if self._filling and held.common:
                 table[BET, emits & ((table[LEFT] != 1) | (table[OUT] == 0))] = held.common
@@ -266,6 +267,10 @@ class Replica:
         self.counts.plans += 1
         self.counts.policy_seconds += perf_counter() - began
         return rows
+
+    def _holds(self, rows: int) -> bool:
+        """Whether the last plan does for so many rows; the longer plans are kept, the more may rows differ."""
+        return TOLERANCE * abs(rows - self._held.rows) <= self._reuse * self._held.rows
 
     def _numbers(self, plan: StepPlan) -> list[int]:
         bet = self._outcomes.bet
@@ -379,11 +384,6 @@ class Replica:
         self._filling = _unsettled(self._table[:, : self._rows])
         self._context = int(self._table[CONTEXT, : self._rows].sum())
         self.counts.preemptions += 1
-
-
-def _alike(rows: int, planned: int) -> bool:
-    """Whether a plan for so many rows does for that many: up to an eighth more or fewer."""
-    return 8 * abs(rows - planned) <= planned
 
 
 def _unsettled(table: np.ndarray) -> int:
