@@ -72,6 +72,7 @@ def draw(points: list[dict], compute: list[dict], breaks: list[dict]) -> None:
     title(handoff, "dearest hand-off that still pays, fork = 1 layer", "exit layer of 40", "layers")
     for axes in (latency, work, handoff):
         axes.set_ylim(bottom=0)
+        axes.set_xticks(EXITS[::2])
         axes.legend(frameon=False, fontsize=8)
     save(figure, IMAGES / "reproduce_ppd.svg")
 

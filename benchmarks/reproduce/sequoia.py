@@ -17,7 +17,7 @@ from parlay.bench import environment
 from parlay.bench.figures import draw_tree, new_figure, save, title
 from parlay.bench.report import console, table
 from parlay.policy import trees
-from parlay.policy.sequoia import OptimalTrees, best_for_hardware
+from parlay.policy.sequoia import OptimalTrees
 from parlay.types import Tree
 
 VECTOR = np.array([
@@ -59,14 +59,7 @@ def main() -> None:
         {"data": data, "size": n, "depth": d, "tokens": tokens, "paper": paper, "ours": tokens / (VERIFY + d * DRAFT)}
         for data, n, d, tokens, paper in TABLE1
     ]
-    # What the same search picks for two machines: one with nearly free verification, one that streams its weights.
-    a100 = best_for_hardware(best, lambda sizes: 1 + 0.07 * sizes / 127, DRAFT)
-    offload = best_for_hardware(best, lambda sizes: 1 + 0.02 * sizes / 511, 0.024 / 5.7)
-    chosen = {
-        "A100": (a100.size, a100.depth, a100.speedup),
-        "offloading": (offload.size, offload.depth, offload.speedup),
-    }
-    results = {"sizes": SIZES, "tokens_per_step": curves, "at_40": specinfer, "table1": table1, "chosen": chosen}
+    results = {"sizes": SIZES, "tokens_per_step": curves, "at_40": specinfer, "table1": table1}
     keep("sequoia", captured, results)
     draw(curves, best.tree(63, DEEPEST))
     show(curves, specinfer, table1)
