@@ -83,6 +83,15 @@ class Candidates(ABC):
     def worth(self, num_rows: int, price: float, slope: float) -> Floats:
         """[levels + 1, rows] what the guesses down to each depth are worth to a row, above their price."""
 
+    def _by_row(self, worth: Floats, num_rows: int) -> Floats:
+        """[levels + 1, rows] from [levels + 1, trees]; no level is worth nothing and costs nothing."""
+        if len(self.rows) == num_rows:
+            worth[0] = 0.0
+            return worth
+        found = np.zeros((self.levels + 1, num_rows))
+        found[1:, self.rows] = worth[1:]
+        return found
+
     @abstractmethod
     def chosen(self, trees: Bools, level: int) -> Guesses:
         """The guesses of these trees down to this level, each behind its parent. trees: [trees]."""
@@ -111,9 +120,7 @@ class ManyTrees(Candidates):
         gain = np.maximum(value - price * (slope + self.cost.per_guess), 0.0)
         trees = len(self.rows)
         by_level = np.bincount(depth * trees + tree, gain, (self.levels + 1) * trees)
-        worth = np.zeros((self.levels + 1, num_rows))
-        worth[1:, self.rows] = by_level.reshape(-1, trees).cumsum(axis=0)[1:] - price * self.own
-        return worth
+        return self._by_row(by_level.reshape(-1, trees).cumsum(axis=0) - price * self.own, num_rows)
 
     def chosen(self, trees: Bools, level: int) -> Guesses:
         return self.guesses.of(trees[self.guesses.tree] & (self.guesses.depth <= level))
@@ -152,10 +159,7 @@ class OneTree(Candidates):
         if self.limit.min() < self.levels:
             level = np.minimum(np.arange(self.levels + 1), self.limit[:, None])
             worth = np.take_along_axis(worth, level, axis=1)
-        worth -= price * self.own[:, None]
-        found = np.zeros((self.levels + 1, num_rows))
-        found[1:, self.rows] = worth[:, 1:].T
-        return found
+        return self._by_row(worth.T - price * self.own, num_rows)
 
     def chosen(self, trees: Bools, level: int) -> Guesses:
         some = np.flatnonzero(trees)

@@ -7,7 +7,7 @@ method to bet on, how deep, with what tree, or not at all; see `parlay.policy.al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from parlay.policy.trees import Floats, overlap
 from parlay.types import Bet, Offer, RowResult, StepPlan, StepResult
 
 PRIOR = (0.5, 0.1, 0.05, 0.03)
-FRESH = 16  # plans after which all lines and prices are looked at again
+FRESH = 16  # plans after which all methods, lines and prices are looked at again, as when the load changes
 FORGET = 1000  # steps after which a request that was not seen is forgotten
 
 
@@ -86,7 +86,9 @@ class Goodput:
         self._prober = Prober(probe_share)
         self._betting = False
         self._line = LINES[0]
-        self._rates: dict[int, float] = {}  # tokens per second of a row, by bucket of the number of rows that emit
+        self._bucket = -1  # of the number of rows that emit, four to an octave
+        self._rates: dict[int, float] = {}  # tokens per second of a row, by that
+        self._resting: set[str] = set()  # drafters that pay for levels and were not worth it in the last fresh plan
         self._made: dict[int, _Made] = {}  # seq -> its bet in the last plan
         self._seen: dict[int, int] = {}  # seq -> step
         self._step = self._plans = 0
@@ -102,12 +104,20 @@ class Goodput:
         if not emitting:
             return StepPlan(tuple(bets))
         self._plans += 1
-        methods = self._offers(step, offers)
+        bucket = int(4 * math.log2(emitting))
+        fresh = bucket != self._bucket or self._plans % FRESH == 0
+        self._bucket = bucket
+        methods = self._offers(step, offers, () if fresh else self._resting)
         candidates = [method.candidates for method in methods]
         room = min(budget, len(rows) * max((some.most for some in candidates), default=0))
         load, plain = _loads(step, emitting)
         seconds = self._seconds(plain, room)
-        found, price = self._at_best_rate(candidates, len(rows), seconds, emitting)
+        found, price = self._at_best_rate(candidates, len(rows), seconds, emitting, fresh)
+        if fresh:
+            idle = (not len(bought.value) for bought in found.guesses)
+            self._resting = {
+                m.method for m, off in zip(methods, idle, strict=True) if off and m.candidates.pays_for_levels
+            }
         if load != plain:
             seconds = self._seconds(load, room)
             found = no_bets(candidates, len(rows), emitting, seconds)
@@ -116,7 +126,7 @@ class Goodput:
         if step.wishes:
             found = self._wished(rows, step, candidates, seconds, price, found)
         tokens, time = float(emitting), found.seconds
-        probe = self._prober.probe(methods, found, seconds, price) if methods else None
+        probe = self._prober.probe(methods, found, seconds, price)
         for place, (method, bought) in enumerate(zip(methods, found.guesses, strict=True)):
             if len(bought.value):
                 tokens += float(bought.value.sum())
@@ -128,11 +138,14 @@ class Goodput:
         self.expected = Expected(tokens, time, float(seconds[0]))
         return StepPlan(tuple(bets))
 
-    def _offers(self, step: Rows, offers: Sequence[Sequence[Offer]]) -> list[MethodOffers]:
+    def _offers(self, step: Rows, offers: Sequence[Sequence[Offer]], resting: Collection[str]) -> list[MethodOffers]:
+        """What is on offer, by method, but for those that rest."""
         by_method: dict[str, tuple[list[int], list[Offer]]] = {}
         for place, (some, deepest) in enumerate(zip(offers, step.deepest.tolist(), strict=True)):
             if deepest > 0:
                 for offer in some:
+                    if offer.method in resting:
+                        continue
                     entry = by_method.get(offer.method)
                     if entry is None:
                         entry = by_method[offer.method] = [], []
@@ -168,21 +181,20 @@ class Goodput:
         )
 
     def _at_best_rate(
-        self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int
+        self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int, fresh: bool
     ) -> tuple[Allocation, float]:
         """The best bets beside no prompt, and their rate, which is the price of time; no bets where none pay."""
-        bucket = int(4 * math.log2(emitting))
-        known = self._rates.get(bucket, 0.0) * emitting
-        if known and self._plans % FRESH:  # much as in the last plan: one price and one line do
-            found = best_rate(candidates, num_rows, emitting, seconds, known, rounds=1, lines=(self._line,))
-        else:
+        known = self._rates.get(self._bucket, 0.0) * emitting
+        if fresh:
             found = best_rate(candidates, num_rows, emitting, seconds, known)
+        else:  # much as in the last plan: one price and one line do
+            found = best_rate(candidates, num_rows, emitting, seconds, known, rounds=1, lines=(self._line,))
         self._line = found.line
         rate, off = found.emitted / found.seconds, emitting / float(seconds[0])
         self._betting = rate > off * (1.0 if self._betting else 1.0 + self._margin)
         if not self._betting:
             found, rate = no_bets(candidates, num_rows, emitting, seconds), off
-        self._rates[bucket] = rate / emitting
+        self._rates[self._bucket] = rate / emitting
         return found, rate
 
     def _wished(

@@ -221,10 +221,10 @@ def _different(drafter: Drafter, offers: Sequence[Offer], seqs: Sequence[int], l
     total, ends = int(sizes.sum()), np.cumsum(sizes)
     place = np.repeat(np.arange(len(offers)), sizes)
     node = np.arange(total) - np.repeat(ends - sizes, sizes)
-    depth = np.array(list(flat([offer.tree.depths for offer in offers])))
-    parent = np.array(list(flat([offer.tree.parents for offer in offers])))
+    depth = np.fromiter(flat([offer.tree.depths for offer in offers]), np.intp, total)
+    parent = np.fromiter(flat([offer.tree.parents for offer in offers]), np.intp, total)
     words = [offer.confidence for offer in offers if offer.confidence is not None]
-    value = drafter.confidence(np.array(list(flat(words))))
+    value = drafter.confidence(np.fromiter(flat(words), np.float64))
     if len(words) < len(offers):
         told = np.array([offer.confidence is not None for offer in offers])[place]
         sure, value = value, np.empty(total)
