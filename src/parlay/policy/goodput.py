@@ -58,7 +58,8 @@ class Goodput:
 
     Args:
         profile: What steps cost; corrected while serving.
-        margin: How much better than no bet a plan must look before betting starts again, as a share.
+        margin: How much better than no bet a plan must look, as a share, before betting starts again: at most this,
+            and no more than half the spread of steps' times.
         probe_share: Share of the time that may be spent on finding out whether a method that is off has become good.
         horizon: Steps over which it spreads what it costs to bring a drafter up to date.
         priors: By method, acceptance by rank before anything is known.
@@ -191,7 +192,8 @@ class Goodput:
             found = best_rate(candidates, num_rows, emitting, seconds, known, rounds=1, lines=(self._line,))
         self._line = found.line
         rate, off = found.emitted / found.seconds, emitting / float(seconds[0])
-        self._betting = rate > off * (1.0 if self._betting else 1.0 + self._margin)
+        margin = min(self._margin, 0.5 * self.verify_scale.spread)
+        self._betting = rate > off * (1.0 if self._betting else 1.0 + margin)
         if not self._betting:
             found, rate = no_bets(candidates, num_rows, emitting, seconds), off
         self._rates[self._bucket] = rate / emitting
