@@ -293,7 +293,7 @@ def acceptance(once_tried: Floats) -> Floats:
 class ConfidenceCurve:
     """Turns a drafter's own confidence into a probability: sigmoid(a logit(confidence) + b), learnt while serving.
 
-    Every outcome is one Newton step of the logistic likelihood, in which old outcomes fade.
+    Every step's outcomes are one Newton step of the logistic likelihood, in which old outcomes fade.
 
     Args:
         memory: Guesses after which an old one counts a third.
@@ -310,13 +310,12 @@ class ConfidenceCurve:
         return 1 / (1 + np.exp(-(slope * _logit(confidence) + offset)))
 
     def observe(self, confidence: Floats, accepted: NDArray[np.bool_]) -> None:
-        """Learns from guesses that were tried. confidence, accepted: [guesses]."""
-        for x, won in zip(_logit(confidence).tolist(), accepted.tolist(), strict=True):
-            features = np.array([x, 1.0])
-            p = 1 / (1 + math.exp(-float(features @ self._weights)))
-            self._information = self._keep * self._information + p * (1 - p) * np.outer(features, features)
-            slope, offset = self._weights + np.linalg.solve(self._information, features * (won - p))
-            self._weights = np.array([max(slope, 0.01), offset])  # what the drafter prefers is never worth less
+        """Learns from the guesses of a step that were tried. confidence, accepted: [guesses]."""
+        x = np.stack([_logit(confidence), np.ones(len(confidence))], axis=1)
+        p = 1 / (1 + np.exp(-(x @ self._weights)))
+        self._information = self._keep ** len(p) * self._information + (x * (p * (1 - p))[:, None]).T @ x
+        slope, offset = self._weights + np.linalg.solve(self._information, x.T @ (accepted - p))
+        self._weights = np.array([max(slope, 0.01), offset])  # what the drafter prefers is never worth less
 
 
 def _logit(probability: Floats) -> Floats:

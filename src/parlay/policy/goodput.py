@@ -241,30 +241,22 @@ class Goodput:
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         """See `Policy.observe`."""
         self._step += 1
+        told: dict[str, list[tuple[float, bool]]] = {}
         for row, got in zip(rows, result.rows, strict=True):
             self._seen[row.seq] = self._step
             if got.method is not None and got.tree:
                 self.drafter(got.method).acceptance.observe(row.seq, Trials.of(got.tree, got.accepted))
                 made = self._made.get(row.seq)
                 if made is not None and made.offer.confidence is not None:
-                    self._observe_confidence(made, got)
+                    told.setdefault(got.method, []).extend(_told(made, made.offer.confidence, got))
+        for method, outcomes in told.items():
+            confidence, accepted = zip(*outcomes, strict=True)
+            self.drafter(method).confidence.observe(np.array(confidence), np.array(accepted))
         for drafter in self.drafters.values():
             drafter.acceptance.tick()
         self._observe_time(rows, result)
         if self._step % FORGET == 0:
             self._forget()
-
-    def _observe_confidence(self, made: _Made, got: RowResult) -> None:
-        """Learns from all children of accepted nodes: which of them is right is known once one of them is."""
-        assert made.offer.confidence is not None
-        reached = {-1, *got.accepted}
-        confidence = [
-            made.offer.confidence[made.nodes[node]]
-            for node, parent in zip(overlap(made.bet.tree, got.tree), got.tree.parents, strict=True)
-            if parent in reached
-        ]
-        accepted = [node in reached for node, parent in enumerate(got.tree.parents) if parent in reached]
-        self.drafter(made.bet.method).confidence.observe(np.array(confidence), np.array(accepted))
 
     def _observe_time(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         guesses = sum(len(got.tree) for got in result.rows)
@@ -304,3 +296,16 @@ def _counted(candidates: Sequence[Candidates], guesses: Sequence[Guesses], weigh
         Guesses(some.tree, some.node, some.depth, some.value * weights[method.rows[some.tree]])
         for method, some in zip(candidates, guesses, strict=True)
     )
+
+
+def _told(made: _Made, confidence: Sequence[float], got: RowResult) -> list[tuple[float, bool]]:
+    """The drafter's word about each child of an accepted node, and whether it was right.
+
+    Which of the children is right is known for all of them once it is for one.
+    """
+    reached = {-1, *got.accepted}
+    return [
+        (confidence[made.nodes[node]], place in reached)
+        for place, (node, parent) in enumerate(zip(overlap(made.bet.tree, got.tree), got.tree.parents, strict=True))
+        if parent in reached
+    ]
