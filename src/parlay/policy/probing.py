@@ -11,6 +11,7 @@ from parlay.policy.allocation import Allocation, Guesses
 from parlay.policy.offers import MethodOffers
 from parlay.policy.trees import Floats
 
+WAIT = 16  # plans between two probes at least, since what they tell changes slowly
 GUESSES = 2  # enough to see whether the first guess is good and whether a second one is
 
 
@@ -43,6 +44,8 @@ class Prober:
     def __init__(self, share: float) -> None:
         self._share = share
         self._credit = self._needed = 0.0  # seconds
+        self._turn = 0
+        self._wait = 0  # plans until it looks again
         self._idle: dict[str, int] = {}  # plans since a method was last bet on
 
     def probe(self, methods: Sequence[MethodOffers], found: Allocation, seconds: Floats, price: float) -> Probe | None:
@@ -59,12 +62,14 @@ class Prober:
             self._idle[method.method] = 0 if busy else self._idle.get(method.method, 0) + 1
         self._credit += self._share * float(seconds[0])
         idle = [place for place, method in enumerate(methods) if not used[place]]
-        if not idle or not self._share or self._credit < self._needed:
+        self._wait -= 1
+        if not idle or not self._share or self._wait > 0 or self._credit < self._needed:
             return None
         idle.sort(key=lambda place: -self._idle[methods[place].method])
-        probes = (self._cheapest(place, methods, found, seconds, price) for place in idle)
+        probes = (self._bet_on(place, methods, found, seconds, price) for place in idle)
         probe = next((some for some in probes if some is not None), None)
         if probe is None:
+            self._wait = WAIT
             return None
         cost = probe.seconds - probe.tokens / price
         self._credit = min(self._credit, max(2 * cost, float(seconds[0])))  # nothing is hoarded for later
@@ -72,14 +77,18 @@ class Prober:
         if cost > self._credit:
             return None
         self._credit -= max(0.0, cost)
-        self._needed = 0.0
+        self._needed, self._wait = 0.0, WAIT
         self._idle[methods[probe.method].method] = 0
         return probe
 
-    def _cheapest(
+    def _bet_on(
         self, place: int, methods: Sequence[MethodOffers], found: Allocation, seconds: Floats, price: float
     ) -> Probe | None:
-        """The row where two guesses of this method cost least, what the row would have bet instead included."""
+        """Two guesses of this method on one of the rows where they cost least, lost bets included.
+
+        Such rows take turns. The row where they look best would be the one whose acceptance is overestimated most, and
+        what is learnt from such rows would make every method look worse than it is.
+        """
         method, rows = methods[place], len(found.method)
         candidates = method.candidates
         lost, freed = np.zeros(rows), np.zeros(rows)
@@ -89,9 +98,12 @@ class Prober:
                 lost += np.bincount(row, bought.value, rows)
                 freed += np.bincount(row, minlength=rows)
         likely = candidates.worth(rows, 0.0, 0.0)[-1, candidates.rows]
-        worth = likely - lost[candidates.rows] - price * (candidates.own + method.catch_up)
-        worth[likely == 0] = -np.inf
-        tree = int(np.argmax(worth))
+        cost = lost[candidates.rows] + price * (candidates.own + method.catch_up)
+        cheap = np.argsort(np.where(likely > 0, cost, np.inf), kind="stable")[: (np.count_nonzero(likely) + 1) // 2]
+        if not len(cheap):
+            return None
+        self._turn += 1
+        tree = int(cheap[self._turn % len(cheap)])
         row = int(candidates.rows[tree])
         some = candidates.chosen(np.arange(len(candidates.rows)) == tree, candidates.levels).of(slice(GUESSES))
         count = len(some.value)
