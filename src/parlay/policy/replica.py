@@ -83,9 +83,7 @@ class Replica:
         self.server, self.workload, self.policy, self.counts = server, workload, policy, Counts()
         self._outcomes, self._offers, self._times, self._rng = outcomes, list(offers), times, rng
         self._note, self._reuse = note, reuse
-        self._queue: deque[tuple[int, int]] = (
-            deque()
-        )  # requests, and tokens that each had emitted when it was preempted
+        self._queue: deque[tuple[int, int]] = deque()  # requests, and what they had emitted when they were preempted
         self._table = np.zeros((7, server.max_num_seqs), dtype=np.intp)
         self._rows = self._filling = self._context = 0
         self._held = _Held()
@@ -125,10 +123,8 @@ class Replica:
             return now, 0
         planned = self._bets(counts, emits, emitting)
         self._count_bets()
-        if (
-            self._context + new + self._held.guesses > self.server.kv_tokens
-        ):  # drafts shrink before anybody is preempted
-            table[BET] = 0
+        if self._context + new + self._held.guesses > self.server.kv_tokens:
+            table[BET] = 0  # bets go before anybody is preempted
             self._held.counted = False
             self._count_bets()
         seconds = self._seconds(counts, self._noise(1)[0])
