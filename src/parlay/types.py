@@ -152,6 +152,7 @@ class Tree:
 
     parents: tuple[int, ...]
     depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # 1 for children of the root
+    depth: int = field(init=False, repr=False, compare=False)  # of the deepest guess; 0 without any
 
     def __post_init__(self) -> None:
         depths: list[int] = []
@@ -160,6 +161,7 @@ class Tree:
                 raise ValueError(f"node {node} of a tree must come after its parent, got parent {parent}")
             depths.append(1 if parent < 0 else depths[parent] + 1)
         object.__setattr__(self, "depths", tuple(depths))
+        object.__setattr__(self, "depth", max(depths, default=0))
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -169,10 +171,6 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.parents)
-
-    @property
-    def depth(self) -> int:
-        return max(self.depths, default=0)
 
     @property
     def is_chain(self) -> bool:

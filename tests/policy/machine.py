@@ -33,7 +33,7 @@ def guesses(plan: StepPlan) -> int:
     return sum(len(bet.tree) for bet in plan.bets if bet is not None)
 
 
-def walk(tree: Tree, p: np.ndarray, rng: np.random.Generator) -> list[int]:
+def walk(tree: Tree, p: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
     """The accepted path under an acceptance vector or matrix."""
     matrix, children, path, node = np.atleast_2d(p), tree.children(), [], -1
     while node in children:
@@ -43,7 +43,7 @@ def walk(tree: Tree, p: np.ndarray, rng: np.random.Generator) -> list[int]:
             break
         node = children[node][rank]
         path.append(node)
-    return path
+    return tuple(path)
 
 
 class Machine:

@@ -22,15 +22,15 @@ from tests.policy.machine import walk
 
 
 def test_only_children_of_accepted_nodes_were_tried() -> None:
-    assert Trials.of(Tree.chain(4), [0, 1]) == Trials(((0, 0), (1, 0), (2, 0)), ((0, 0), (1, 0)))
-    assert Trials.of(Tree.chain(2), [0, 1]) == Trials(((0, 0), (1, 0)), ((0, 0), (1, 0)))
-    assert Trials.of(Tree.chain(2), []) == Trials(((0, 0),), ())
-    assert Trials.of(Tree(()), []) == Trials((), ())
+    assert Trials.of(Tree.chain(4), (0, 1)) == Trials(((0, 0), (1, 0), (2, 0)), ((0, 0), (1, 0)))
+    assert Trials.of(Tree.chain(2), (0, 1)) == Trials(((0, 0), (1, 0)), ((0, 0), (1, 0)))
+    assert Trials.of(Tree.chain(2), ()) == Trials(((0, 0),), ())
+    assert Trials.of(Tree(()), ()) == Trials((), ())
     tree = Tree((-1, -1, 0, 1, 1))
-    assert Trials.of(tree, [1, 4]) == Trials(((0, 0), (0, 1), (1, 0), (1, 1)), ((0, 1), (1, 1)))
-    assert Trials.of(tree, [0, 2]) == Trials(((0, 0), (1, 0)), ((0, 0), (1, 0)))
-    assert Trials.of(tree, [1]) == Trials(((0, 0), (0, 1), (1, 0), (1, 1)), ((0, 1),))
-    assert Trials.of(tree, []) == Trials(((0, 0), (0, 1)), ())
+    assert Trials.of(tree, (1, 4)) == Trials(((0, 0), (0, 1), (1, 0), (1, 1)), ((0, 1), (1, 1)))
+    assert Trials.of(tree, (0, 2)) == Trials(((0, 0), (1, 0)), ((0, 0), (1, 0)))
+    assert Trials.of(tree, (1,)) == Trials(((0, 0), (0, 1), (1, 0), (1, 1)), ((0, 1),))
+    assert Trials.of(tree, ()) == Trials(((0, 0), (0, 1)), ())
 
 
 @pytest.mark.parametrize("length", [1, 3, 8])
@@ -68,7 +68,7 @@ def test_a_level_that_was_never_tried_is_taken_for_the_rank_at_other_levels() ->
 def test_little_data_changes_little() -> None:
     method = MethodAcceptance(prior=(0.5,))
     assert method.matrix(-1)[0, 0] == pytest.approx(0.5)
-    method.observe(0, Trials.of(Tree.chain(1), [0]))
+    method.observe(0, Trials.of(Tree.chain(1), (0,)))
     assert 0.5 < method.matrix(-1)[0, 0] < 0.6
 
 
@@ -117,11 +117,11 @@ def test_a_rank_that_was_not_tried_for_long_keeps_its_prior() -> None:
     """And stays a number, however often the weights were brought back."""
     method = MethodAcceptance(prior=(0.5, 0.1), memory=20.0)
     for seq in range(20_000):
-        method.observe(seq % 5, Trials.of(Tree.chain(3), [0, 1]))
+        method.observe(seq % 5, Trials.of(Tree.chain(3), (0, 1)))
     before = method.pool[0, 1]
     assert before == pytest.approx(0.2)
     for _ in range(REFRESH):
-        method.observe(0, Trials.of(trees.kary(2, 1), []))
+        method.observe(0, Trials.of(trees.kary(2, 1), ()))
     assert 0.0 < method.pool[0, 1] < before
     assert np.isfinite(method.pool).all()
 
@@ -129,8 +129,8 @@ def test_a_rank_that_was_not_tried_for_long_keeps_its_prior() -> None:
 def test_guesses_beyond_what_is_counted_do_no_harm() -> None:
     method = MethodAcceptance()
     wide, deep = trees.kary(RANKS + 3, 1), Tree.chain(LEVELS + 5)
-    method.observe(0, Trials.of(wide, [RANKS + 2]))
-    method.observe(0, Trials.of(deep, list(range(LEVELS + 5))))
+    method.observe(0, Trials.of(wide, (RANKS + 2,)))
+    method.observe(0, Trials.of(deep, tuple(range(LEVELS + 5))))
     assert method.matrix(-1)[LEVELS - 1, 0] > 0.5
 
 

@@ -33,24 +33,27 @@ FACTORS = 2.0 ** (np.arange(PER_OCTAVE * (HIGHEST - LOWEST) + 1) / PER_OCTAVE + 
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """Which guesses of one row were tried, and which of them accepted: (level from 0, rank among siblings)."""
+    """Which guesses of one row were tried, and which of them accepted: (level from 0, rank among siblings).
+
+    Levels beyond the last one that is told apart count as that one; ranks beyond it are left out.
+    """
 
     tried: tuple[tuple[int, int], ...]
     accepted: tuple[tuple[int, int], ...]
 
-    @classmethod
-    def of(cls, tree: Tree, accepted: Sequence[int]) -> Trials:
+    @staticmethod
+    @lru_cache(maxsize=16384)  # the same few walks down the same few trees come again and again
+    def of(tree: Tree, accepted: tuple[int, ...]) -> Trials:
         """From a verified tree and the nodes of its accepted path, root side first."""
-        ranks, families = _families(tree)
-        won = tuple((level, ranks[node]) for level, node in enumerate(accepted))
-        last = (len(won), families.get(accepted[-1] if accepted else -1, 0) - 1)  # whose children all failed
-        return cls(tuple((level, rank) for level, most in (*won, last) for rank in range(most + 1)), won)
+        ranks, children = child_ranks(tree).tolist(), tree.children()
+        won = [(level, ranks[node]) for level, node in enumerate(accepted)]
+        last = (len(won), len(children.get(accepted[-1] if accepted else -1, ())) - 1)  # whose children all failed
+        tried = [(level, rank) for level, most in (*won, last) for rank in range(most + 1)]
+        return Trials(_told_apart(tried), _told_apart(won))
 
 
-@lru_cache(maxsize=4096)
-def _families(tree: Tree) -> tuple[list[int], dict[int, int]]:
-    """Every node's rank among its siblings, and how many children every inner node has."""
-    return child_ranks(tree).tolist(), {node: len(some) for node, some in tree.children().items()}
+def _told_apart(guesses: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((min(level, LEVELS - 1), rank) for level, rank in guesses if rank < RANKS)
 
 
 class Acceptance(Protocol):
@@ -118,10 +121,11 @@ class MethodAcceptance:
         self._rank_tried, self._rank_accepted = [0.0] * RANKS, [0.0] * RANKS
         self._tried = [[0.0] * RANKS for _ in range(LEVELS)]
         self._accepted = [[0.0] * RANKS for _ in range(LEVELS)]
-        self._slots: dict[int, int] = {}  # seq -> place in what is known of requests
+        self._slots: dict[int, int] = {}  # seq -> its place in the next four; the first place is nobody's
         self._free: list[int] = []
-        self._requests = np.zeros((3, 64))  # [accepted, expected, time until which that holds, request]
-        self._group = _nearest(np.ones(64))
+        self._own_accepted, self._own_expected = [0.0], [0.0]
+        self._heard = [0]  # the time until which these hold
+        self._group = [_nearest(np.ones(1)).item()]
         self._time = 0
         self._matrices: Floats | None = None
         self._unheard = 0  # outcomes that the pool does not show yet
@@ -152,6 +156,7 @@ class MethodAcceptance:
         tried, accepted = np.array(self._tried), np.array(self._accepted)
         found = (accepted + prior * rank) / (tried + prior)
         self._pool = np.clip(found, np.where(self._start > 0, HOPE, 0.0), CERTAIN)
+        self._likely = self._pool.tolist()
         self._matrices, self._unheard = None, 0
 
     @property
@@ -161,14 +166,17 @@ class MethodAcceptance:
 
     def factor(self, seq: int) -> float:
         """How much more of this request's guesses are accepted than of the others'."""
-        accepted, expected, last = self._requests[:, self._slots.get(seq, -1)].tolist()
-        trust = FADE ** (self._time - last)  # what it did long ago says less and less of it
-        return (accepted * trust + self._row_weight) / (expected * trust + self._row_weight)
+        return self._factor(self._slots.get(seq, 0))
+
+    def _factor(self, slot: int) -> float:
+        trust = FADE ** (self._time - self._heard[slot])  # what it did long ago says less and less of it
+        weight = self._row_weight
+        return (self._own_accepted[slot] * trust + weight) / (self._own_expected[slot] * trust + weight)
 
     def groups(self, seqs: Sequence[int]) -> Ints:
         """See `Acceptance.groups`: requests of about the same factor, so that what follows from it is computed once."""
-        get = self._slots.get
-        return self._group[[get(seq, -1) for seq in seqs]]
+        get, group = self._slots.get, self._group
+        return np.array([group[get(seq, 0)] for seq in seqs], dtype=np.intp)
 
     def matrix(self, seq: int) -> Floats:
         """[LEVELS, RANKS]: the acceptance of one request."""
@@ -178,19 +186,17 @@ class MethodAcceptance:
         """Learns from one row of one step."""
         if not trials.tried:
             return
-        pool = self.pool
+        if self._unheard >= self._patience:
+            self._hear()
         slot = self._slots.get(seq)
         if slot is None:
-            slot = self._slots[seq] = self._free.pop() if self._free else self._grow()
-            self._requests[:, slot] = 0.0, 0.0, self._time
-        factor = self.factor(seq)
-        tried = [(min(level, LEVELS - 1), rank) for level, rank in trials.tried if rank < RANKS]
-        won = [(min(level, LEVELS - 1), rank) for level, rank in trials.accepted if rank < RANKS]
+            slot = self._slots[seq] = self._place()
+        factor, won = self._factor(slot), trials.accepted
         self._weight *= self._growth ** (len(won) + 1)
         expected = 0.0
-        for level, rank in tried:
-            likely = float(pool[level, rank])
-            weight = self._weight * min(factor, CERTAIN / max(likely, 1e-9))
+        for level, rank in trials.tried:
+            likely = self._likely[level][rank]
+            weight = self._weight * min(factor, CERTAIN / likely) if likely else self._weight * factor
             self._rank_tried[rank] += weight
             self._tried[level][rank] += weight
             expected += likely
@@ -198,13 +204,14 @@ class MethodAcceptance:
         for level, rank in won:
             self._rank_accepted[rank] += self._weight
             self._accepted[level][rank] += self._weight
-        before, likely_before, last = self._requests[:, slot].tolist()
-        keep = FADE ** (self._time - last) * 0.98 ** (len(won) + 1)  # a text changes, too
-        self._requests[:, slot] = keep * before + len(won), keep * likely_before + expected, self._time + 1
-        now = (keep * before + len(won) + self._row_weight) / (keep * likely_before + expected + self._row_weight)
-        self._group[slot] = min(max(round(PER_OCTAVE * (math.log2(now) - LOWEST)), 0), len(FACTORS) - 1)
+        keep = FADE ** (self._time - self._heard[slot]) * 0.98 ** (len(won) + 1)  # a text changes, too
+        own_accepted = self._own_accepted[slot] = keep * self._own_accepted[slot] + len(won)
+        own_expected = self._own_expected[slot] = keep * self._own_expected[slot] + expected
+        self._heard[slot] = self._time + 1
+        octaves = math.log2((own_accepted + self._row_weight) / (own_expected + self._row_weight))
+        self._group[slot] = min(max(round(PER_OCTAVE * (octaves - LOWEST)), 0), len(FACTORS) - 1)
         self._unheard += 1
-        self.trials += len(tried)
+        self.trials += len(trials.tried)
         if self._weight > 1e6:
             self._rescale()
 
@@ -218,10 +225,10 @@ class MethodAcceptance:
         """See `Acceptance.tick`."""
         self._time += 1
         if self._time % 16 == 0:  # those that were not heard of come nearer to the others
-            accepted, expected, last = self._requests
-            trust = FADE ** (self._time - last)
-            self._weigh_requests(accepted * trust, expected * trust)
-            self._group = _nearest((accepted * trust + self._row_weight) / (expected * trust + self._row_weight))
+            trust = FADE ** (self._time - np.array(self._heard))
+            accepted, expected = np.array(self._own_accepted) * trust, np.array(self._own_expected) * trust
+            self._weigh_requests(accepted, expected)
+            self._group = _nearest((accepted + self._row_weight) / (expected + self._row_weight)).tolist()
 
     def _weigh_requests(self, accepted: Floats, expected: Floats) -> None:
         """Sets how much a request's own outcomes count by how much requests differ.
@@ -243,17 +250,18 @@ class MethodAcceptance:
         """See `Acceptance.forget`."""
         slot = self._slots.pop(seq, None)
         if slot is not None:
-            self._requests[:, slot] = 0.0
+            self._own_accepted[slot] = self._own_expected[slot] = 0.0
             self._free.append(slot)
 
-    def _grow(self) -> int:
-        """A new place; the last one of all stays empty, for requests that nothing is known of."""
-        place = len(self._slots)
-        if place >= self._requests.shape[1] - 1:
-            self._requests = np.concatenate([self._requests, np.zeros_like(self._requests)], axis=1)
-            self._requests[:, place] = 0.0
-            self._group = np.concatenate([self._group, np.full(len(self._group), _nearest(np.ones(1))[0])])
-        return place
+    def _place(self) -> int:
+        """A place for a request that nothing is known of."""
+        if self._free:
+            return self._free.pop()
+        self._own_accepted.append(0.0)
+        self._own_expected.append(0.0)
+        self._heard.append(0)
+        self._group.append(self._group[0])
+        return len(self._group) - 1
 
 
 def _nearest(factors: Floats) -> Ints:
@@ -334,25 +342,25 @@ class Reliability:
     """
 
     def __init__(self, bins: int = 10) -> None:
-        self._count, self._predicted, self._accepted = [0] * bins, [0.0] * bins, [0] * bins
+        self._bins = [[0, 0.0, 0] for _ in range(bins)]  # guesses, the sum of predictions, accepted
 
     def observe(self, predicted: float, accepted: bool) -> None:
-        place = min(int(predicted * len(self._count)), len(self._count) - 1)
-        self._count[place] += 1
-        self._predicted[place] += predicted
-        self._accepted[place] += accepted
+        some = self._bins[min(int(predicted * len(self._bins)), len(self._bins) - 1)]
+        some[0] += 1
+        some[1] += predicted
+        some[2] += accepted
 
     @property
     def curve(self) -> list[Mapping[str, float]]:
         """Per bin that holds anything: mean prediction, share accepted, number of guesses."""
         return [
             {"predicted": predicted / count, "accepted": accepted / count, "guesses": count}
-            for count, predicted, accepted in zip(self._count, self._predicted, self._accepted, strict=True)
+            for count, predicted, accepted in self._bins
             if count
         ]
 
     @property
     def error(self) -> float:
         """Expected calibration error: the mean distance of a guess's bin from the diagonal."""
-        off = (abs(predicted - accepted) for predicted, accepted in zip(self._predicted, self._accepted, strict=True))
-        return sum(off) / max(sum(self._count), 1)
+        off = sum(abs(predicted - accepted) for _, predicted, accepted in self._bins)
+        return off / max(sum(count for count, _, _ in self._bins), 1)

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -58,21 +59,24 @@ class Candidates(ABC):
         own: [trees] seconds that betting on it costs before any guess.
         cost: What the drafter takes for steps, levels and guesses.
         levels: Of the deepest tree.
-        level_costs: [levels + 1] seconds of the drafter by the number of levels, before rows and guesses.
-        pays_for_levels: Whether these are not zero.
     """
 
     rows: Ints
     own: Floats
     cost: DraftCost
     levels: int
-    level_costs: Floats = field(init=False)
-    pays_for_levels: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.level_costs = self.cost.per_step + self.cost.per_level * np.arange(self.levels + 1.0)
-        self.level_costs[0] = 0.0
-        self.pays_for_levels = self.cost.per_step + self.cost.per_level > 0
+    @cached_property
+    def level_costs(self) -> Floats:
+        """[levels + 1] seconds of the drafter by the number of levels, before rows and guesses."""
+        costs = self.cost.per_step + self.cost.per_level * np.arange(self.levels + 1.0)
+        costs[0] = 0.0
+        return costs
+
+    @property
+    def pays_for_levels(self) -> bool:
+        """Whether these are not zero."""
+        return self.cost.per_step + self.cost.per_level > 0
 
     @property
     @abstractmethod
@@ -155,16 +159,17 @@ class OneTree(Candidates):
 
     def worth(self, num_rows: int, price: float, slope: float) -> Floats:
         gain = np.maximum(self.table - price * (slope + self.cost.per_guess), 0.0)
-        worth = (gain @ self.within)[self.group]
-        if self.limit.min() < self.levels:
-            level = np.minimum(np.arange(self.levels + 1), self.limit[:, None])
-            worth = np.take_along_axis(worth, level, axis=1)
-        return self._by_row(worth.T - price * self.own, num_rows)
+        level = np.minimum(np.arange(self.levels + 1)[:, None], self.limit)
+        worth = (gain @ self.within)[self.group, level]
+        return self._by_row(worth - price * self.own, num_rows)
 
     def chosen(self, trees: Bools, level: int) -> Guesses:
-        some = np.flatnonzero(trees)
+        some = trees.nonzero()[0]
         values = self.table[self.group[some]]
-        place, node = ((values > 0) & (self.depth <= np.minimum(self.limit[some], level)[:, None])).nonzero()
+        limit = np.minimum(self.limit[some], level)
+        if limit.min(initial=self.levels) < self.levels:
+            values = np.where(self.depth <= limit[:, None], values, 0.0)
+        place, node = values.nonzero()
         return Guesses(some[place], node, self.depth[node], values[place, node])
 
     def weighted(self, weights: Floats) -> Candidates:
@@ -265,12 +270,12 @@ def buy(
     count = int((emitted - price * time).argmax())
     bought = np.zeros(len(values), dtype=bool)
     bought[order[:count]] = True
-    guesses, final, start = [], np.full(len(method), -1), 0
-    for index, (candidates, some) in enumerate(zip(methods, open_to, strict=True)):
-        chosen = some.of(bought[start : start + len(some.value)]) if len(some.value) else some
-        start += len(some.value)
-        guesses.append(chosen)
-        final[candidates.rows[chosen.tree]] = index
+    guesses, final, start = [NONE] * len(methods), np.full(len(method), -1), 0
+    for index, some in enumerate(open_to):
+        if len(some.value):
+            start, begin = start + len(some.value), start
+            guesses[index] = some.of(bought[begin:start])
+            final[methods[index].rows[guesses[index].tree]] = index
     return Allocation(final, tuple(guesses), float(emitted[count]), float(time[count]), line)
 
 
@@ -285,23 +290,17 @@ def _largest(values: Floats, count: int) -> Ints:
 
 def _drafting(methods: Sequence[Candidates], open_to: Sequence[Guesses], order: Ints) -> Floats:
     """[guesses] seconds of the drafters for the first of the ordered guesses, for the first two, and so on."""
-    total, start = np.zeros(len(order)), 0
-    for candidates, some in zip(methods, open_to, strict=True):
-        low, start = start, start + len(some.value)
-        if low == start or not (candidates.pays_for_levels or candidates.cost.per_guess > 0 or candidates.own.any()):
-            continue
-        at = ((order >= low) & (order < start)).nonzero()[0]  # where this method's guesses are bought
-        if not len(at):
-            continue
-        mine = order[at] - low
-        added = np.zeros(len(order))
-        begins = some.node[mine] == 0  # no guess of a tree is worth more than its first
-        added[at] = candidates.cost.per_guess + begins * candidates.own[some.tree[mine]]
-        total += added.cumsum()
+    used = [(candidates, some) for candidates, some in zip(methods, open_to, strict=True) if len(some.value)]
+    added = [  # no guess of a tree is worth more than its first
+        candidates.cost.per_guess + (some.node == 0) * candidates.own[some.tree] for candidates, some in used
+    ]
+    total, start = np.concatenate([NONE.value, *added])[order].cumsum(), 0
+    for candidates, some in used:
+        start, begin = start + len(some.value), start
         if candidates.pays_for_levels:
-            deepest = np.zeros(len(order), dtype=np.intp)
-            deepest[at] = some.depth[mine]
-            total += candidates.level_costs[np.maximum.accumulate(deepest)]
+            depth = np.zeros(sum(len(some.value) for _, some in used), dtype=np.intp)
+            depth[begin:start] = some.depth
+            total += candidates.level_costs[np.maximum.accumulate(depth[order])]
     return total
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -98,6 +99,9 @@ class DraftCost:
         )
 
 
+N = TypeVar("N", float, Floats)
+
+
 @dataclass(frozen=True, slots=True)
 class HostCost:
     """Scheduling, choosing and committing tokens, detokenising."""
@@ -106,8 +110,8 @@ class HostCost:
     per_row: float = 0.0
     per_guess: float = 0.0
 
-    def __call__(self, rows: float, guesses: float) -> float:
-        return self.per_step + self.per_row * rows + self.per_guess * guesses
+    def __call__(self, rows: float, guesses: N) -> N:
+        return self.per_guess * guesses + (self.per_step + self.per_row * rows)
 
 
 @dataclass(frozen=True, slots=True)

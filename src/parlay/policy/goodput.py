@@ -7,9 +7,9 @@ method to bet on, how deep, with what tree, or not at all; see `parlay.policy.al
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from parlay.policy.acceptance import MethodAcceptance, Trials
 from parlay.policy.allocation import LINES, Allocation, Candidates, Guesses, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import LiveScale, Profile
-from parlay.policy.offers import Drafter, MethodOffers, Rows
+from parlay.policy.offers import Drafter, Made, MethodOffers, Rows
 from parlay.policy.probing import Prober
 from parlay.policy.trees import Floats, overlap
-from parlay.types import Bet, Offer, RowResult, StepPlan, StepResult
+from parlay.types import Bet, Offer, RowResult, StepPlan, StepResult, Tree
 
 PRIOR = (0.5, 0.1, 0.05, 0.03)
 FRESH = 16  # plans after which all methods, lines and prices are looked at again, as when the load changes
+MANY = 16  # rows from which on looking at guesses that cost nothing to draft takes too long to do it every time
 FORGET = 1000  # steps after which a request that was not seen is forgotten
 
 
@@ -45,12 +46,22 @@ class Expected:
     seconds_off: float
 
 
-class _Made(NamedTuple):
-    """A bet as it was made: on what offer, and which nodes of the offered tree it consists of."""
+@dataclass(slots=True)
+class _Bets:
+    """What one drafter did in a step."""
 
-    offer: Offer
-    bet: Bet
-    nodes: tuple[int, ...]
+    rows: int = 0
+    levels: int = 0
+    guesses: int = 0
+    context: int = 0
+    catch_up: int = 0
+
+    def add(self, row: PolicyRow, tree: Tree, made: Made | None) -> None:
+        self.rows += 1
+        self.levels = max(self.levels, tree.depth)
+        self.guesses += len(tree.parents)
+        self.context += row.start
+        self.catch_up += made.offer.catch_up if made is not None else 0
 
 
 class Goodput:
@@ -89,8 +100,9 @@ class Goodput:
         self._line = LINES[0]
         self._bucket = -1  # of the number of rows that emit, four to an octave
         self._rates: dict[int, float] = {}  # tokens per second of a row, by that
-        self._resting: set[str] = set()  # drafters that pay for levels and were not worth it in the last fresh plan
-        self._made: dict[int, _Made] = {}  # seq -> its bet in the last plan
+        self._worth: dict[str, int] = {}  # method -> the last plan that bet on it
+        self._resting: set[str] = set()  # methods that are not looked at before the next fresh plan
+        self._made: dict[int, Made] = {}  # seq -> its bet in the last plan
         self._seen: dict[int, int] = {}  # seq -> step
         self._step = self._plans = 0
 
@@ -114,11 +126,12 @@ class Goodput:
         load, plain = _loads(step, emitting)
         seconds = self._seconds(plain, room)
         found, price = self._at_best_rate(candidates, len(rows), seconds, emitting, fresh)
+        for method, bought in zip(methods, found.guesses, strict=True):
+            if len(bought.value):
+                self._worth[method.method] = self._plans
         if fresh:
-            idle = (not len(bought.value) for bought in found.guesses)
-            self._resting = {
-                m.method for m, off in zip(methods, idle, strict=True) if off and m.candidates.pays_for_levels
-            }
+            idle = (method for method in methods if self._plans - self._worth.get(method.method, -FRESH) >= FRESH)
+            self._resting = {m.method for m in idle if emitting >= MANY or m.candidates.pays_for_levels}
         if load != plain:
             seconds = self._seconds(load, room)
             found = no_bets(candidates, len(rows), emitting, seconds)
@@ -141,30 +154,20 @@ class Goodput:
 
     def _offers(self, step: Rows, offers: Sequence[Sequence[Offer]], resting: Collection[str]) -> list[MethodOffers]:
         """What is on offer, by method, but for those that rest."""
-        by_method: dict[str, tuple[list[int], list[Offer]]] = {}
+        by_method: defaultdict[str, list[tuple[int, Offer]]] = defaultdict(list)
         for place, (some, deepest) in enumerate(zip(offers, step.deepest.tolist(), strict=True)):
             if deepest > 0:
                 for offer in some:
-                    if offer.method in resting:
-                        continue
-                    entry = by_method.get(offer.method)
-                    if entry is None:
-                        entry = by_method[offer.method] = [], []
-                    if offer.tree.parents:
-                        entry[0].append(place)
-                        entry[1].append(offer)
-        return [
-            MethodOffers.of(
-                self.drafter(name),
-                places,
-                offered,
-                step,
-                self.profile.draft(name).scaled(self.draft_scale.factor),
-                self._horizon,
-            )
-            for name, (places, offered) in by_method.items()
-            if offered
-        ]
+                    if offer.method not in resting:
+                        by_method[offer.method].append((place, offer))
+        found, slower = [], self.draft_scale.factor
+        for name, entries in by_method.items():
+            some = [entry for entry in entries if entry[1].tree.parents]
+            if some:
+                places, offered = zip(*some, strict=True)
+                cost = self.profile.draft(name).scaled(slower)
+                found.append(MethodOffers.of(self.drafter(name), places, offered, step, cost, self._horizon))
+        return found
 
     def drafter(self, method: str) -> Drafter:
         """What is known of a method."""
@@ -175,11 +178,9 @@ class Goodput:
     def _seconds(self, load: _Load, room: int) -> Floats:
         """[room + 1] seconds of a step by its guesses, without the drafters'."""
         verify, host = self.profile.verify, self.profile.host
-        passes = verify(np.arange(load.new, load.new + room + 1), load.rows, load.context)
-        slower = self.host_scale.factor
-        return self.verify_scale.factor * passes + np.linspace(
-            slower * host(load.rows, 0), slower * host(load.rows, room), room + 1
-        )
+        guesses = np.arange(room + 1.0)
+        passes = verify(load.new + guesses, load.rows, load.context)
+        return self.verify_scale.factor * passes + self.host_scale.factor * host(load.rows, guesses)
 
     def _at_best_rate(
         self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int, fresh: bool
@@ -232,9 +233,9 @@ class Goodput:
 
     def _make(self, method: MethodOffers, bought: Guesses, step: Rows, bets: list[Bet | None]) -> None:
         """Notes the bets that these guesses are."""
-        for row, offer, bet, nodes in method.bets(bought):
-            bets[row] = bet
-            self._made[step.seqs[row]] = _Made(offer, bet, nodes)
+        for row, made in method.bets(bought):
+            bets[row] = made.bet
+            self._made[step.seqs[row]] = made
 
     # ---- observe ----------------------------------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ class Goodput:
         told: dict[str, list[tuple[float, bool]]] = {}
         for row, got in zip(rows, result.rows, strict=True):
             self._seen[row.seq] = self._step
-            if got.method is not None and got.tree:
+            if got.method is not None and got.tree.parents:
                 self.drafter(got.method).acceptance.observe(row.seq, Trials.of(got.tree, got.accepted))
                 made = self._made.get(row.seq)
                 if made is not None and made.offer.confidence is not None:
@@ -259,19 +260,21 @@ class Goodput:
             self._forget()
 
     def _observe_time(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
-        guesses = sum(len(got.tree) for got in result.rows)
-        new, known = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
         seconds = dict(result.seconds)
         verify, draft = seconds.pop("verify", 0.0), seconds.pop("draft", 0.0)
+        bets: defaultdict[str, _Bets] = defaultdict(_Bets)
+        new = known = 0
+        for row, got in zip(rows, result.rows, strict=True):
+            new, known = new + row.count, known + row.start + row.count
+            if got.method is not None and got.tree.parents:
+                bets[got.method].add(row, got.tree, self._made.get(row.seq))
+        guesses = sum(some.guesses for some in bets.values())
         self.verify_scale.observe(float(self.profile.verify(new + guesses, len(rows), known)), verify)
         self.host_scale.observe(self.profile.host(len(rows), guesses), sum(seconds.values()))
         expected = 0.0
-        for method in {got.method for got in result.rows if got.tree and got.method is not None}:
-            bet = [(row, got.tree) for row, got in zip(rows, result.rows, strict=True) if got.method == method]
-            cost, made = self.profile.draft(method), (self._made.get(row.seq) for row, _ in bet)
-            expected += cost.per_catch_up * sum(some.offer.catch_up for some in made if some is not None)
-            levels, size = max(tree.depth for _, tree in bet), sum(len(tree) for _, tree in bet)
-            expected += cost(levels, len(bet), size, sum(row.start for row, _ in bet))
+        for method, some in bets.items():
+            cost = self.profile.draft(method)
+            expected += cost(some.levels, some.rows, some.guesses, some.context) + cost.per_catch_up * some.catch_up
         self.draft_scale.observe(expected, draft)
 
     def _forget(self) -> None:
@@ -298,7 +301,7 @@ def _counted(candidates: Sequence[Candidates], guesses: Sequence[Guesses], weigh
     )
 
 
-def _told(made: _Made, confidence: Sequence[float], got: RowResult) -> list[tuple[float, bool]]:
+def _told(made: Made, confidence: Sequence[float], got: RowResult) -> list[tuple[float, bool]]:
     """The drafter's word about each child of an accepted node, and whether it was right.
 
     Which of the children is right is known for all of them once it is for one.

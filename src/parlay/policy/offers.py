@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,16 +34,17 @@ class Rows:
 
     @classmethod
     def of(cls, rows: Sequence[PolicyRow]) -> Rows:
-        samples = [row.samples for row in rows]
-        deepest = [row.max_depth if row.samples and row.speculation != "off" else 0 for row in rows]
-        return cls(
-            [row.seq for row in rows],
-            np.array([row.start for row in rows], dtype=np.intp),
-            np.array([row.count for row in rows], dtype=np.intp),
-            np.array(samples, dtype=bool),
-            np.array(deepest, dtype=np.intp),
-            any(row.speculation == "max" or row.target_tpot is not None for row in rows),
-        )
+        if not rows:
+            none = np.zeros(0, dtype=np.intp)
+            return cls([], none, none, none.astype(bool), none, False)
+        read = [(r.seq, r.start, r.count, r.samples, r.max_depth, r.speculation, r.target_tpot) for r in rows]
+        seqs, start, count, samples, depth, asked, targets = map(list, zip(*read, strict=True))
+        emits = np.array(samples, dtype=bool)
+        deepest = np.array(depth, dtype=np.intp) * emits
+        if "off" in asked:
+            deepest[[wish == "off" for wish in asked]] = 0
+        wishes = "max" in asked or targets.count(None) < len(rows)
+        return cls(seqs, np.array(start, dtype=np.intp), np.array(count, dtype=np.intp), emits, deepest, wishes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +117,14 @@ class Drafter:
         return self._bets[tree]
 
 
+class Made(NamedTuple):
+    """A bet as it was made: on what offer, and which nodes of the offered tree it consists of."""
+
+    offer: Offer
+    bet: Bet
+    nodes: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MethodOffers:
     """What one method offers to the rows of a step.
@@ -160,58 +170,51 @@ class MethodOffers:
         at = np.array(places)
         seqs = rows.seqs if len(places) == len(rows.seqs) else [rows.seqs[place] for place in places]
         limits = rows.deepest[at]
-        common, shorter = _common(offers)
-        own = np.full(len(offers), cost.per_row)
-        catch_up = np.zeros(len(offers))
+        own, catch_up = np.full(len(offers), cost.per_row), np.zeros(len(offers))
         if cost.per_context:
             own += cost.per_context * rows.start[at]
         if cost.per_catch_up:
             catch_up = cost.per_catch_up * np.array([offer.catch_up for offer in offers])
             own += catch_up / horizon
+        trees = [offer.tree for offer in offers]
+        common = _common(trees, [offer.confidence for offer in offers])
         if common is None:
             guesses = _different(drafter, offers, seqs, limits)
             candidates: Candidates = ManyTrees(at, own, cost, int(guesses.depth.max(initial=0)), guesses)
         else:
-            if shorter:
-                limits = np.minimum(limits, [len(offer.tree.parents) for offer in offers])
+            if common.is_chain:
+                limits = np.minimum(limits, [len(tree.parents) for tree in trees])
             shape, group = _shape(common), drafter.acceptance.groups(seqs)
             table = drafter.survival(common)
-            levels = shape.within.shape[1] - 1
-            candidates = OneTree(at, own, cost, levels, table, group, limits, shape.depths, shape.within)
+            candidates = OneTree(at, own, cost, common.depth, table, group, limits, shape.depths, shape.within)
         return cls(drafter, offers, candidates, catch_up, common)
 
-    def bets(self, bought: Guesses) -> list[tuple[int, Offer, Bet, tuple[int, ...]]]:
-        """Rows, and for each the offer, the bet, and which nodes of the offered tree it is."""
-        chosen: dict[int, list[int]] = {}
-        for place, node in zip(bought.tree.tolist(), bought.node.tolist(), strict=True):
-            if place in chosen:
-                chosen[place].append(node)
-            else:
-                chosen[place] = [node]
+    def bets(self, bought: Guesses) -> list[tuple[int, Made]]:
+        """Rows, and the bet that was made on each."""
+        sizes = np.bincount(bought.tree)  # guesses come tree by tree
+        places, nodes = sizes.nonzero()[0].tolist(), bought.node.tolist()
         known = {} if self.common is None else self.drafter.parts(self.common)
-        rows, found = self.candidates.rows.tolist(), []
-        for place, some in chosen.items():
-            offer, nodes = self.offers[place], tuple(some)
-            bet = known.get(nodes)
+        rows, found, end = self.candidates.rows[places].tolist(), [], 0
+        for row, place, size in zip(rows, places, sizes[places].tolist(), strict=True):
+            start, end = end, end + size
+            some, offer = tuple(nodes[start:end]), self.offers[place]
+            bet = known.get(some)
             if bet is None:
-                bet = Bet(self.method, subtree(offer.tree, nodes))
+                bet = Bet(self.method, subtree(offer.tree, some))
                 if self.common is not None:
-                    known[nodes] = bet
-            found.append((rows[place], offer, bet, nodes))
+                    known[some] = bet
+            found.append((row, Made(offer, bet, some)))
         return found
 
 
-def _common(offers: Sequence[Offer]) -> tuple[Tree | None, bool]:
-    """The tree that all of them offer, or the longest of them if all are chains; None if they differ otherwise.
-
-    The second value says whether some are shorter.
-    """
-    trees = {id(offer.tree): offer.tree for offer in offers}
-    if [offer.confidence for offer in offers].count(None) < len(offers):
-        return None, False
-    if len(trees) == 1:
-        return offers[0].tree, False
-    return (max(trees.values(), key=len), True) if all(_shape(tree).chain for tree in trees.values()) else (None, False)
+def _common(trees: Sequence[Tree], confidences: Sequence[object]) -> Tree | None:
+    """The tree that all of them are, or the longest of them if all are chains; None if they differ otherwise."""
+    if confidences.count(None) < len(trees):
+        return None
+    different = dict(zip(map(id, trees), trees, strict=True)).values()
+    if len(different) == 1:
+        return trees[0]
+    return max(different, key=len) if all(tree.is_chain for tree in different) else None
 
 
 def _different(drafter: Drafter, offers: Sequence[Offer], seqs: Sequence[int], limits: Ints) -> Guesses:
@@ -224,7 +227,7 @@ def _different(drafter: Drafter, offers: Sequence[Offer], seqs: Sequence[int], l
     depth = np.fromiter(flat([offer.tree.depths for offer in offers]), np.intp, total)
     parent = np.fromiter(flat([offer.tree.parents for offer in offers]), np.intp, total)
     words = [offer.confidence for offer in offers if offer.confidence is not None]
-    value = drafter.confidence(np.fromiter(flat(words), np.float64))
+    value = drafter.confidence(np.fromiter(flat(words), np.float64, sum(map(len, words))))
     if len(words) < len(offers):
         told = np.array([offer.confidence is not None for offer in offers])[place]
         sure, value = value, np.empty(total)
