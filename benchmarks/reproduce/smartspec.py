@@ -13,7 +13,7 @@ from pathlib import Path
 from common import IMAGES, fixed_policies, keep, latency, over_best_fixed
 
 from parlay.bench import environment
-from parlay.bench.figures import draw_guesses, draw_latency, new_figure, save
+from parlay.bench.figures import draw_guesses, draw_latency, legend_below, new_figure, save
 from parlay.bench.report import console, table
 from parlay.bench.simulating import Load, Outcome, Settings, compare
 from parlay.policy.workload import Phase
@@ -80,7 +80,8 @@ def line(profile: str, acceptance: str, load: str, outcomes: tuple[Outcome, ...]
 
 
 def draw(stationary: dict[tuple[str, str], tuple[Outcome, ...]], shifts: dict[str, tuple[Outcome, ...]]) -> None:
-    figure, places = new_figure(len(ACCEPTANCES) + 2, len(PROFILES), width=4.2)
+    figure, every = new_figure(len(ACCEPTANCES) + 2, len(PROFILES), width=4.2)
+    places = every
     for profile in PROFILES:
         for acceptance in ACCEPTANCES:
             axes, places = places[0], places[1:]
@@ -90,6 +91,7 @@ def draw(stationary: dict[tuple[str, str], tuple[Outcome, ...]], shifts: dict[st
             axes, places = places[0], places[1:]
             draw_guesses(axes, [o for o in shifts[profile] if o.load == load.name and o.policy in ADAPTIVE])
             axes.set_title(f"{profile}, {load.name}: guesses per row", loc="left", fontsize=9)
+    legend_below(figure, every)
     save(figure, IMAGES / "reproduce_smartspec.svg")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from common import IMAGES, keep, latency, over_best_fixed
 
 from parlay.bench import environment
-from parlay.bench.figures import draw_guesses, look, new_figure, save, title
+from parlay.bench.figures import draw_guesses, legend_below, look, new_figure, save, title
 from parlay.bench.report import console, table
 from parlay.bench.simulating import Load, Outcome, Settings, compare
 from parlay.policy.profiles import read_profile
@@ -111,8 +111,9 @@ def draw(model: dict, outcomes: list[Outcome]) -> None:
         bars.bar(np.arange(len(CVS)) + 0.14 * (place - 2.5), heights, 0.13, color=styles[policy]["color"], label=policy)
     bars.set_xticks(range(len(CVS)), [load(cv) for cv in CVS])
     title(bars, "mean latency, intense and sparse phases", "spread of the gaps", "seconds")
-    for axes in (accepted, lengths, bars):
+    for axes in (accepted, lengths):
         axes.legend(frameon=False, fontsize=7)
+    legend_below(figure, [bars])
     save(figure, IMAGES / "reproduce_synergy.svg")
 
 

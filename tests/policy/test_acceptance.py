@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from parlay.policy import trees
 from parlay.policy.acceptance import (
+    EVERY,
     LEVELS,
     RANKS,
     REFRESH,
@@ -157,3 +158,31 @@ def test_reliability() -> None:
     assert all(abs(line["predicted"] - line["accepted"]) < 0.05 for line in good.curve)
     assert Reliability().error == 0
     assert Reliability().curve == []
+
+
+def test_a_few_probes_outweigh_what_was_true_before_a_spell_of_being_off() -> None:
+    method, chain = MethodAcceptance(), Tree.chain(2)
+    rng = np.random.default_rng(0)
+    for seq in range(4000):
+        method.observe(seq % 64, Trials.of(chain, walk(chain, np.array([0.05]), rng)))
+        if seq % 64 == 63:
+            method.tick()
+    assert method.pool[0, 0] < 0.15
+    for probe in range(12):
+        for _ in range(48):
+            method.tick()
+        method.observe(5000 + probe, Trials.of(chain, (0, 1)))
+    for _ in range(EVERY):
+        method.tick()
+    assert method.pool[0, 0] > 0.3
+
+
+def test_long_silence_does_no_harm() -> None:
+    method, chain = MethodAcceptance(), Tree.chain(2)
+    for _ in range(200):
+        method.observe(0, Trials.of(chain, (0,)))
+    for _ in range(100_000):
+        method.tick()
+    assert np.isfinite(method.pool).all()
+    method.observe(0, Trials.of(chain, (0,)))
+    assert 0.3 < method.pool[0, 0] < 0.95

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "off": "#8a93a6",
-    "fixed": ("#f3a65a", "#d9762b", "#a4501a", "#6e340f"),
     "synergy": "#0f9d8a",
     "smartspec": "#8b5cf6",
     "goodput": "#2563eb",
     "oracle": "#111827",
 }
+FIXED = "YlOrBr"  # the longer, the darker
 DRAWN = 128  # nodes of a tree at most
 
 
@@ -65,14 +65,23 @@ def title(axes: Axes, text: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
 
 
+def legend_below(figure: Figure, places: Sequence[Axes]) -> None:
+    """One legend for several places, where it covers nothing."""
+    labelled = [place.get_legend_handles_labels() for place in places]
+    handles = {name: handle for some in labelled for handle, name in zip(*some, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+
+
 def look(policies: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each policy's line is drawn."""
+    from matplotlib import colormaps
+
     fixed = [policy for policy in policies if policy.startswith("fixed")]
     found: dict[str, dict[str, Any]] = {}
     for policy in policies:
         if policy in fixed:
-            shades = COLOURS["fixed"]
-            found[policy] = {"color": shades[fixed.index(policy) % len(shades)], "linestyle": "--"}
+            shade = 0.4 + 0.55 * (fixed.index(policy) + 0.5) / len(fixed)
+            found[policy] = {"color": colormaps[FIXED](shade), "linestyle": "--"}
         else:
             found[policy] = {"color": COLOURS.get(policy, "#444444"), "linestyle": ":" if policy == "oracle" else "-"}
     return found
@@ -142,6 +151,7 @@ def draw_simulation(path: Path, outcomes: Sequence[Outcome]) -> None:
     draw_latency(latency, outcomes)
     loads = list(dict.fromkeys(outcome.load for outcome in outcomes))
     draw_guesses(over_time, [outcome for outcome in outcomes if outcome.load == loads[-1]])
+    legend_below(figure, [latency, over_time])
     save(figure, path)
 
 
@@ -165,7 +175,6 @@ def draw_latency(axes: Axes, outcomes: Sequence[Outcome]) -> None:
             axes.set_ylim(bottom=0)
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
         title(axes, "mean latency of a request", "requests per second and replica", "seconds")
     else:
         rate = rates[0] if rates else None
@@ -186,5 +195,4 @@ def draw_guesses(axes: Axes, outcomes: Sequence[Outcome]) -> None:
             values = [float("nan") if value is None else value for value in outcome.guesses]
             axes.plot(outcome.seconds, values, label=outcome.policy, linewidth=1.2, **styles[outcome.policy])
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
     title(axes, f"guesses per row over time, {some[0].load}", "seconds", "")

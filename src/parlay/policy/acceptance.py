@@ -26,6 +26,9 @@ CERTAIN = 0.99  # no estimate is higher
 HOPE = 0.02  # nor lower, for a rank that had any chance at first: what is never tried can never become better
 LEAST_WEIGHT, MOST_WEIGHT = 2.0, 60.0  # expected acceptances that the pool weighs against a request's own
 FADE = 0.99  # of what is known of a request, in a step
+AGE = 0.99  # of what is known of a method, in a step
+EVERY = 16  # steps, after which what ages is made older
+LONG = 4000  # steps in which what is estimated becomes what is believed
 REFRESH = 512  # outcomes that an estimate leaves out at most
 PER_OCTAVE, LOWEST, HIGHEST = 8, -3, 1  # factors of requests are told apart by 9%, from 1/8 to 2
 FACTORS = 2.0 ** (np.arange(PER_OCTAVE * (HIGHEST - LOWEST) + 1) / PER_OCTAVE + LOWEST)
@@ -89,7 +92,9 @@ class MethodAcceptance:
 
     Estimated is how likely a guess is accepted once it is tried, so that the acceptances of siblings, each the product
     of that and of the elder ones' failures, sum to less than 1 by themselves. Three estimates, each the prior of the
-    next, so that little data changes little: the first word about a rank, a rank at any level, a rank at this level.
+    next, so that little data changes little: what has long been believed of a rank (at first, the prior), a rank at any
+    level, a rank at this level. What was seen counts less with every outcome and with every step: of a method that is
+    off little is seen, and that little must outweigh what was true before.
 
     A request differs from the pool by one factor: its accepted guesses over those that the pool led to expect, with a
     few expected ones added to both. The pool's own counts are divided by the factors of the requests that they are of;
@@ -114,7 +119,7 @@ class MethodAcceptance:
         pool_weight: float = 20.0,
         row_weight: float = 4.0,
     ) -> None:
-        self._start = np.array(once_tried(_extended(prior)))
+        self._believed = np.array(once_tried(_extended(prior)))
         self._pool_weight, self._row_weight = pool_weight, row_weight
         self._growth = memory / (memory - 1.0)
         self._weight = 1.0  # of a new outcome: that it grows makes the old ones fade
@@ -152,10 +157,10 @@ class MethodAcceptance:
     def _hear(self) -> None:
         """Brings the pool up to date."""
         prior = self._pool_weight * self._weight
-        rank = (np.array(self._rank_accepted) + prior * self._start) / (np.array(self._rank_tried) + prior)
+        self._rank = (np.array(self._rank_accepted) + prior * self._believed) / (np.array(self._rank_tried) + prior)
         tried, accepted = np.array(self._tried), np.array(self._accepted)
-        found = (accepted + prior * rank) / (tried + prior)
-        self._pool = np.clip(found, np.where(self._start > 0, HOPE, 0.0), CERTAIN)
+        found = (accepted + prior * self._rank) / (tried + prior)
+        self._pool = np.clip(found, np.where(self._believed > 0, HOPE, 0.0), CERTAIN)
         self._likely = self._pool.tolist()
         self._matrices, self._unheard = None, 0
 
@@ -224,11 +229,20 @@ class MethodAcceptance:
     def tick(self) -> None:
         """See `Acceptance.tick`."""
         self._time += 1
-        if self._time % 16 == 0:  # those that were not heard of come nearer to the others
+        if self._time % EVERY == 0:
+            self._age()  # and those that were not heard of come nearer to the others:
             trust = FADE ** (self._time - np.array(self._heard))
             accepted, expected = np.array(self._own_accepted) * trust, np.array(self._own_expected) * trust
             self._weigh_requests(accepted, expected)
             self._group = _nearest((accepted + self._row_weight) / (expected + self._row_weight)).tolist()
+
+    def _age(self) -> None:
+        """Lets what was seen long ago count less, and what has been true for long become what is believed."""
+        self._weight *= AGE**-EVERY
+        if self._weight > 1e6:
+            self._rescale()
+        self._hear()
+        self._believed += EVERY / LONG * (self._rank - self._believed)
 
     def _weigh_requests(self, accepted: Floats, expected: Floats) -> None:
         """Sets how much a request's own outcomes count by how much requests differ.

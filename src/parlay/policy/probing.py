@@ -11,7 +11,7 @@ from parlay.policy.allocation import Allocation, Guesses
 from parlay.policy.offers import MethodOffers
 from parlay.policy.trees import Floats
 
-WAIT = 16  # plans between two probes at least, since what they tell changes slowly
+WAIT = 48  # plans between two probes at least, since what they tell changes slowly
 GUESSES = 2  # enough to see whether the first guess is good and whether a second one is
 
 
