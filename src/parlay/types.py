@@ -153,6 +153,7 @@ class Tree:
     parents: tuple[int, ...]
     depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # 1 for children of the root
     depth: int = field(init=False, repr=False, compare=False)  # of the deepest guess; 0 without any
+    is_chain: bool = field(init=False, repr=False, compare=False)  # whether it is one path
 
     def __post_init__(self) -> None:
         depths: list[int] = []
@@ -162,6 +163,7 @@ class Tree:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         object.__setattr__(self, "depths", tuple(depths))
         object.__setattr__(self, "depth", max(depths, default=0))
+        object.__setattr__(self, "is_chain", self.depth == len(depths))
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -171,10 +173,6 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.parents)
-
-    @property
-    def is_chain(self) -> bool:
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def children(self) -> dict[int, list[int]]:
         """Children of every inner node (and of the root, -1) in draw order."""

@@ -160,21 +160,37 @@ def test_reliability() -> None:
     assert Reliability().curve == []
 
 
-def test_a_few_probes_outweigh_what_was_true_before_a_spell_of_being_off() -> None:
-    method, chain = MethodAcceptance(), Tree.chain(2)
-    rng = np.random.default_rng(0)
-    for seq in range(4000):
-        method.observe(seq % 64, Trials.of(chain, walk(chain, np.array([0.05]), rng)))
-        if seq % 64 == 63:
-            method.tick()
-    assert method.pool[0, 0] < 0.15
+@pytest.mark.parametrize("every", [48, 800])
+def test_a_dozen_probes_outweigh_what_was_true_before(every: int) -> None:
+    """However rare they are; without them, what was true before stays believed."""
+    rng, chain = np.random.default_rng(0), Tree.chain(2)
+    method, silent = MethodAcceptance((0.5,)), MethodAcceptance((0.5,))
+    for some in (method, silent):
+        for seq in range(4000):
+            some.observe(seq % 64, Trials.of(chain, walk(chain, np.array([0.05]), rng)))
+            if seq % 64 == 63:
+                some.tick()
+        assert some.pool[0, 0] < 0.1
     for probe in range(12):
-        for _ in range(48):
+        for _ in range(every):
             method.tick()
+            silent.tick()
         method.observe(5000 + probe, Trials.of(chain, (0, 1)))
     for _ in range(EVERY):
         method.tick()
-    assert method.pool[0, 0] > 0.3
+    assert method.pool[0, 0] > 0.35
+    assert silent.pool[0, 0] < 0.1
+
+
+def test_what_is_believed_of_a_rank_is_its_mean_over_the_long_run() -> None:
+    rng, tree = np.random.default_rng(0), trees.kary(2, 1)
+    method = MethodAcceptance((0.5, 0.1))
+    for step in range(6000):  # two kinds of requests, of which each accepts one child only
+        kind = step % 4 < 2
+        method.observe(step % 4, Trials.of(tree, walk(tree, np.array([0.6, 0.0] if kind else [0.0, 0.6]), rng)))
+        method.tick()
+    assert method.pool[0, 0] == pytest.approx(0.3, abs=0.1)
+    assert 0.0 < method.pool[0, 1] < 1.0
 
 
 def test_long_silence_does_no_harm() -> None:

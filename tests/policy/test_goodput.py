@@ -188,3 +188,32 @@ def test_parts_of_wide_trees_keep_the_order_of_siblings() -> None:
     for bet in plan.bets:
         assert bet is not None
         assert trees.subtree(tree, trees.overlap(tree, bet.tree)) == bet.tree
+
+
+@pytest.mark.parametrize("prior", [0.05, 0.5])
+def test_a_method_that_became_good_is_back_soon(prior: float) -> None:
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (prior,)})
+    machine = Machine(policy, {"prompt_lookup": 0.05}, PROFILE)
+    offer = [Offer("prompt_lookup", CHAIN)]
+    for _ in range(500):
+        machine.step(rows(32), offer)
+    machine.accept = {"prompt_lookup": 0.9}
+    assert any(guesses(machine.step(rows(32), offer)) > 32 for _ in range(800))
+
+
+def test_a_method_that_only_one_row_wants_does_not_rest() -> None:
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (0.4,)})
+    some = [FakeRow(seq, speculation="max" if seq == 5 else "auto") for seq in range(64)]
+    plans = [policy.plan(some, [[Offer("prompt_lookup", CHAIN)]] * 64, 256) for _ in range(20)]
+    assert all(plan.bets[5] is not None for plan in plans)
+
+
+def test_a_cheap_method_does_not_keep_a_costly_one_from_being_tried() -> None:
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (0.02,), "draft_model": (0.02,)})
+    machine = Machine(policy, {"prompt_lookup": 0.0, "draft_model": 0.0}, PROFILE)
+    tried = {"prompt_lookup": 0, "draft_model": 0}
+    for _ in range(2000):
+        for bet in machine.step(rows(8), [Offer(name, CHAIN) for name in tried]).bets:
+            if bet is not None:
+                tried[bet.method] += 1
+    assert min(tried.values()) > 0

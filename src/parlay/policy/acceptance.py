@@ -26,9 +26,10 @@ CERTAIN = 0.99  # no estimate is higher
 HOPE = 0.02  # nor lower, for a rank that had any chance at first: what is never tried can never become better
 LEAST_WEIGHT, MOST_WEIGHT = 2.0, 60.0  # expected acceptances that the pool weighs against a request's own
 FADE = 0.99  # of what is known of a request, in a step
-AGE = 0.99  # of what is known of a method, in a step
+AGE = 0.98  # of what was seen of a method lately, in a step
+LATELY = 10.0  # trials of it that are left after a long time
+BELIEF = 10.0  # trials that the long run weighs against them
 EVERY = 16  # steps, after which what ages is made older
-LONG = 4000  # steps in which what is estimated becomes what is believed
 REFRESH = 512  # outcomes that an estimate leaves out at most
 PER_OCTAVE, LOWEST, HIGHEST = 8, -3, 1  # factors of requests are told apart by 9%, from 1/8 to 2
 FACTORS = 2.0 ** (np.arange(PER_OCTAVE * (HIGHEST - LOWEST) + 1) / PER_OCTAVE + LOWEST)
@@ -45,7 +46,7 @@ class Trials:
     accepted: tuple[tuple[int, int], ...]
 
     @staticmethod
-    @lru_cache(maxsize=16384)  # the same few walks down the same few trees come again and again
+    @lru_cache(maxsize=4096)  # the same few walks down the same few trees come again and again
     def of(tree: Tree, accepted: tuple[int, ...]) -> Trials:
         """From a verified tree and the nodes of its accepted path, root side first."""
         ranks, children = child_ranks(tree).tolist(), tree.children()
@@ -92,9 +93,9 @@ class MethodAcceptance:
 
     Estimated is how likely a guess is accepted once it is tried, so that the acceptances of siblings, each the product
     of that and of the elder ones' failures, sum to less than 1 by themselves. Three estimates, each the prior of the
-    next, so that little data changes little: what has long been believed of a rank (at first, the prior), a rank at any
-    level, a rank at this level. What was seen counts less with every outcome and with every step: of a method that is
-    off little is seen, and that little must outweigh what was true before.
+    next, so that little data changes little: a rank for as long as can be remembered, a rank lately, a rank at this
+    level lately. What was seen lately counts less with every outcome and with every step, until as good as nothing is
+    left: of a method that is off little is seen, and a dozen good probes must outweigh what was true before.
 
     A request differs from the pool by one factor: its accepted guesses over those that the pool led to expect, with a
     few expected ones added to both. The pool's own counts are divided by the factors of the requests that they are of;
@@ -102,8 +103,9 @@ class MethodAcceptance:
 
     Args:
         prior: [ranks] acceptance before anything is known; further ranks get half of the last one's, a quarter, ...
-        memory: Accepted nodes after which an old one counts a third.
-        pool_weight: Trials that the estimate of a rank weighs against those of a level.
+        memory: Accepted nodes, or trials of a rank, after which an old one counts a third; where a step brings few of
+            them, what was seen lately ages faster.
+        pool_weight: Trials that an estimate weighs against those of the next one.
         row_weight: Expected acceptances that the pool weighs against a request's own, until it is known how much
             requests differ.
 
@@ -119,14 +121,16 @@ class MethodAcceptance:
         pool_weight: float = 20.0,
         row_weight: float = 4.0,
     ) -> None:
-        self._believed = np.array(once_tried(_extended(prior)))
+        self._believed = once_tried(_extended(prior))  # by rank
+        self._hopeful = np.array(self._believed) > 0
+        self._tries = [pool_weight] * RANKS  # that this stands on, the prior's own included
         self._pool_weight, self._row_weight = pool_weight, row_weight
-        self._growth = memory / (memory - 1.0)
+        self._memory, self._growth = memory, memory / (memory - 1.0)
         self._weight = 1.0  # of a new outcome: that it grows makes the old ones fade
         self._rank_tried, self._rank_accepted = [0.0] * RANKS, [0.0] * RANKS
         self._tried = [[0.0] * RANKS for _ in range(LEVELS)]
         self._accepted = [[0.0] * RANKS for _ in range(LEVELS)]
-        self._slots: dict[int, int] = {}  # seq -> its place in the next four; the first place is nobody's
+        self._slots: dict[int, int] = {}  # seq -> its place in the four lists below; the first is nobody's
         self._free: list[int] = []
         self._own_accepted, self._own_expected = [0.0], [0.0]
         self._heard = [0]  # the time until which these hold
@@ -156,11 +160,12 @@ class MethodAcceptance:
 
     def _hear(self) -> None:
         """Brings the pool up to date."""
-        prior = self._pool_weight * self._weight
-        self._rank = (np.array(self._rank_accepted) + prior * self._believed) / (np.array(self._rank_tried) + prior)
+        prior, long = self._pool_weight * self._weight, BELIEF * self._weight
+        believed = np.minimum(self._believed, CERTAIN)
+        rank = (np.array(self._rank_accepted) + long * believed) / (np.array(self._rank_tried) + long)
         tried, accepted = np.array(self._tried), np.array(self._accepted)
-        found = (accepted + prior * self._rank) / (tried + prior)
-        self._pool = np.clip(found, np.where(self._believed > 0, HOPE, 0.0), CERTAIN)
+        found = (accepted + prior * np.minimum(rank, CERTAIN)) / (tried + prior)
+        self._pool = np.clip(found, np.where(self._hopeful, HOPE, 0.0), CERTAIN)
         self._likely = self._pool.tolist()
         self._matrices, self._unheard = None, 0
 
@@ -201,11 +206,14 @@ class MethodAcceptance:
         expected = 0.0
         for level, rank in trials.tried:
             likely = self._likely[level][rank]
-            weight = self._weight * min(factor, CERTAIN / likely) if likely else self._weight * factor
-            self._rank_tried[rank] += weight
-            self._tried[level][rank] += weight
+            weight = min(factor, CERTAIN / likely) if likely else factor
+            self._rank_tried[rank] += self._weight * weight
+            self._tried[level][rank] += self._weight * weight
             expected += likely
-            self.reliability.observe(min(likely * factor, CERTAIN), (level, rank) in won)
+            accepted = (level, rank) in won
+            self._tries[rank] = min(self._tries[rank] + 1, self._memory)
+            self._believed[rank] += (accepted - weight * self._believed[rank]) / self._tries[rank]
+            self.reliability.observe(min(likely * factor, CERTAIN), accepted)
         for level, rank in won:
             self._rank_accepted[rank] += self._weight
             self._accepted[level][rank] += self._weight
@@ -237,12 +245,12 @@ class MethodAcceptance:
             self._group = _nearest((accepted + self._row_weight) / (expected + self._row_weight)).tolist()
 
     def _age(self) -> None:
-        """Lets what was seen long ago count less, and what has been true for long become what is believed."""
-        self._weight *= AGE**-EVERY
-        if self._weight > 1e6:
-            self._rescale()
+        """Lets what was seen lately count less, down to a few trials, which only newer ones can outweigh."""
+        if self._rank_tried[0] > LATELY * self._weight:
+            self._weight *= AGE**-EVERY
+            if self._weight > 1e6:
+                self._rescale()
         self._hear()
-        self._believed += EVERY / LONG * (self._rank - self._believed)
 
     def _weigh_requests(self, accepted: Floats, expected: Floats) -> None:
         """Sets how much a request's own outcomes count by how much requests differ.

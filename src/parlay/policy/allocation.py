@@ -294,11 +294,12 @@ def _drafting(methods: Sequence[Candidates], open_to: Sequence[Guesses], order: 
     added = [  # no guess of a tree is worth more than its first
         candidates.cost.per_guess + (some.node == 0) * candidates.own[some.tree] for candidates, some in used
     ]
-    total, start = np.concatenate([NONE.value, *added])[order].cumsum(), 0
+    costs, start = np.concatenate([NONE.value, *added]), 0
+    total = costs[order].cumsum()
     for candidates, some in used:
         start, begin = start + len(some.value), start
         if candidates.pays_for_levels:
-            depth = np.zeros(sum(len(some.value) for _, some in used), dtype=np.intp)
+            depth = np.zeros(len(costs), dtype=np.intp)
             depth[begin:start] = some.depth
             total += candidates.level_costs[np.maximum.accumulate(depth[order])]
     return total

@@ -120,7 +120,7 @@ class Goodput:
         bucket = int(4 * math.log2(emitting))
         fresh = bucket != self._bucket or self._plans % FRESH == 0
         self._bucket = bucket
-        methods = self._offers(step, offers, () if fresh else self._resting)
+        methods = self._offers(step, offers, () if fresh or step.wishes else self._resting)
         candidates = [method.candidates for method in methods]
         room = min(budget, len(rows) * max((some.most for some in candidates), default=0))
         load, plain = _loads(step, emitting)
@@ -140,7 +140,7 @@ class Goodput:
         if step.wishes:
             found = self._wished(rows, step, candidates, seconds, price, found)
         tokens, time = float(emitting), found.seconds
-        probe = self._prober.probe(methods, found, seconds, price)
+        probe = self._prober.probe(methods, found, seconds, price, fresh)
         for place, (method, bought) in enumerate(zip(methods, found.guesses, strict=True)):
             if len(bought.value):
                 tokens += float(bought.value.sum())
@@ -162,9 +162,9 @@ class Goodput:
                         by_method[offer.method].append((place, offer))
         found, slower = [], self.draft_scale.factor
         for name, entries in by_method.items():
-            some = [entry for entry in entries if entry[1].tree.parents]
-            if some:
-                places, offered = zip(*some, strict=True)
+            filled = [entry for entry in entries if entry[1].tree.parents]
+            if filled:
+                places, offered = zip(*filled, strict=True)
                 cost = self.profile.draft(name).scaled(slower)
                 found.append(MethodOffers.of(self.drafter(name), places, offered, step, cost, self._horizon))
         return found

@@ -57,7 +57,6 @@ class _Shape:
     known: Bools  # whether it has such a column; other children are taken for never accepted
     levels: int
     ranks: int
-    chain: bool
     within: Floats  # [nodes, depth + 1] 1 where a node is no deeper than the depth
 
 
@@ -66,7 +65,7 @@ def _shape(tree: Tree) -> _Shape:
     depths, ranks = np.array(tree.depths), child_ranks(tree)
     level, rank = np.minimum(depths, LEVELS) - 1, np.minimum(ranks, RANKS - 1)
     within = (depths[:, None] <= np.arange(tree.depth + 1)).astype(np.float64)
-    return _Shape(depths, level, rank, ranks < RANKS, int(level.max()) + 1, int(rank.max()) + 1, tree.is_chain, within)
+    return _Shape(depths, level, rank, ranks < RANKS, int(level.max()) + 1, int(rank.max()) + 1, within)
 
 
 @lru_cache(maxsize=256)
@@ -100,7 +99,7 @@ class Drafter:
             single = np.where(shape.known, falling[:, shape.level, shape.rank], 0.0)
             value = (
                 np.cumprod(single, axis=1)
-                if shape.chain
+                if tree.is_chain
                 else np.exp(np.log(np.maximum(single, 1e-12)) @ _ancestors(tree))
             )
             if len(self._survivals) >= KEPT:

@@ -11,7 +11,8 @@ from parlay.policy.allocation import Allocation, Guesses
 from parlay.policy.offers import MethodOffers
 from parlay.policy.trees import Floats
 
-WAIT = 48  # plans between two probes at least, since what they tell changes slowly
+WAIT = 64  # plans between two probes at least, since what they tell changes slowly
+RISE = 1.1  # unless a method looks so much better than it did at its last one
 GUESSES = 2  # enough to see whether the first guess is good and whether a second one is
 
 
@@ -45,10 +46,14 @@ class Prober:
         self._share = share
         self._credit = self._needed = 0.0  # seconds
         self._turn = 0
-        self._wait = 0  # plans until it looks again
-        self._idle: dict[str, int] = {}  # plans since a method was last bet on
+        self._plan = 0
+        self._next = 0  # plan before which there is no other probe
+        self._last: dict[str, int] = {}  # plan in which a method was last bet on
+        self._looked: dict[str, float] = {}  # how good it looked at its last probe
 
-    def probe(self, methods: Sequence[MethodOffers], found: Allocation, seconds: Floats, price: float) -> Probe | None:
+    def probe(
+        self, methods: Sequence[MethodOffers], found: Allocation, seconds: Floats, price: float, fresh: bool
+    ) -> Probe | None:
         """The probe that is due, if there was put enough by for one.
 
         Args:
@@ -56,20 +61,24 @@ class Prober:
             found: The plan without a probe.
             seconds: [budget + 1] of the step by guesses.
             price: Tokens that a second is worth.
+            fresh: Whether all methods were looked at; there are no probes in other plans, where some could not be.
         """
         used = [len(bought.value) > 0 for bought in found.guesses]
-        for method, busy in zip(methods, used, strict=True):
-            self._idle[method.method] = 0 if busy else self._idle.get(method.method, 0) + 1
+        self._plan += 1
+        self._last |= {method.method: self._plan for method, busy in zip(methods, used, strict=True) if busy}
         self._credit += self._share * float(seconds[0])
-        idle = [place for place, method in enumerate(methods) if not used[place]]
-        self._wait -= 1
-        if not idle or not self._share or self._wait > 0 or self._credit < self._needed:
+        if not fresh or not self._share or self._credit < self._needed:
             return None
-        idle.sort(key=lambda place: -self._idle[methods[place].method])
+        waiting = self._plan < self._next
+        idle = [
+            place
+            for place, method in enumerate(methods)
+            if not used[place] and not (waiting and _looks(method) < RISE * self._looked.get(method.method, 1.0))
+        ]
+        idle.sort(key=lambda place: self._last.get(methods[place].method, 0))
         probes = (self._bet_on(place, methods, found, seconds, price) for place in idle)
         probe = next((some for some in probes if some is not None), None)
         if probe is None:
-            self._wait = WAIT
             return None
         cost = probe.seconds - probe.tokens / price
         self._credit = min(self._credit, max(2 * cost, float(seconds[0])))  # nothing is hoarded for later
@@ -77,8 +86,9 @@ class Prober:
         if cost > self._credit:
             return None
         self._credit -= max(0.0, cost)
-        self._needed, self._wait = 0.0, WAIT
-        self._idle[methods[probe.method].method] = 0
+        self._needed, self._next = 0.0, self._plan + WAIT
+        probed = methods[probe.method]
+        self._last[probed.method], self._looked[probed.method] = self._plan, _looks(probed)
         return probe
 
     def _bet_on(
@@ -118,3 +128,8 @@ class Prober:
             + seconds[after] - seconds[before]
         )  # fmt: skip
         return Probe(place, some, row, float(some.value.sum() - lost[row]), float(time))
+
+
+def _looks(method: MethodOffers) -> float:
+    """How likely its first guesses are accepted, requests of all groups alike."""
+    return float(method.drafter.acceptance.matrices[:, 0, 0].mean())
