@@ -97,8 +97,14 @@ class Candidates(ABC):
         return found
 
     @abstractmethod
-    def chosen(self, trees: Bools, level: int) -> Guesses:
-        """The guesses of these trees down to this level, each behind its parent. trees: [trees]."""
+    def chosen(self, trees: Bools, level: int, least: float = 0.0) -> Guesses:
+        """The guesses of these trees down to this level that are worth more than `least`, each behind its parent.
+
+        Args:
+            trees: [trees] which.
+            level: From 1.
+            least: A value.
+        """
 
     @abstractmethod
     def weighted(self, weights: Floats) -> Candidates:
@@ -126,8 +132,9 @@ class ManyTrees(Candidates):
         by_level = np.bincount(depth * trees + tree, gain, (self.levels + 1) * trees)
         return self._by_row(by_level.reshape(-1, trees).cumsum(axis=0) - price * self.own, num_rows)
 
-    def chosen(self, trees: Bools, level: int) -> Guesses:
-        return self.guesses.of(trees[self.guesses.tree] & (self.guesses.depth <= level))
+    def chosen(self, trees: Bools, level: int, least: float = 0.0) -> Guesses:
+        tree, _, depth, value = self.guesses
+        return self.guesses.of(trees[tree] & (depth <= level) & (value > least))
 
     def weighted(self, weights: Floats) -> Candidates:
         tree, node, depth, value = self.guesses
@@ -163,13 +170,13 @@ class OneTree(Candidates):
         worth = (gain @ self.within)[self.group, level]
         return self._by_row(worth - price * self.own, num_rows)
 
-    def chosen(self, trees: Bools, level: int) -> Guesses:
+    def chosen(self, trees: Bools, level: int, least: float = 0.0) -> Guesses:
         some = trees.nonzero()[0]
         values = self.table[self.group[some]]
         limit = np.minimum(self.limit[some], level)
         if limit.min(initial=self.levels) < self.levels:
             values = np.where(self.depth <= limit[:, None], values, 0.0)
-        place, node = values.nonzero()
+        place, node = (values > least).nonzero()
         return Guesses(some[place], node, self.depth[node], values[place, node])
 
     def weighted(self, weights: Floats) -> Candidates:
@@ -258,8 +265,11 @@ def buy(
 ) -> Allocation:
     """The best number of guesses, and the best guesses of that number, for given methods and depths."""
     used = set(method.tolist())
+    cheapest = max(0.0, float(np.diff(seconds).min(initial=np.inf)))  # a guess that is not worth it is never bought
     open_to = [
-        candidates.chosen(method[candidates.rows] == index, level) if index in used else NONE
+        candidates.chosen(method[candidates.rows] == index, level, price * (cheapest + candidates.cost.per_guess))
+        if index in used
+        else NONE
         for index, (candidates, level) in enumerate(zip(methods, levels, strict=True))
     ]
     values = np.concatenate([NONE.value, *(some.value for some in open_to)])
