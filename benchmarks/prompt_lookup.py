@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from parlay.bench import environment, report
-from parlay.bench.offline import drive
-from parlay.bench.replay import Replayed, replay
+from parlay.bench.replay import Replayed, Text, generate, replay
 from parlay.bench.report import Advance, progress, table
-from parlay.bench.workloads import Prompt, encode, load_prompts
-from parlay.config import EngineConfig
+from parlay.bench.workloads import load_prompts
 from parlay.drafters.prompt_lookup import PromptLookup
-from parlay.engine.engine import Engine
 from parlay.policy.trees import chains
-from parlay.types import SamplingParams
 
 Order = Literal["recent", "earliest"]
 ORDERS: tuple[Order, ...] = ("recent", "earliest")
@@ -41,15 +37,6 @@ class Setting:
 
     def drafter(self) -> PromptLookup:
         return PromptLookup(chains(self.branches, self.depth), self.max_ngram, self.min_ngram, self.order)
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A prompt and its greedy output."""
-
-    category: str
-    prompt: tuple[int, ...]
-    output: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ def main() -> None:
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
     with progress("generating", len(prompts)) as advance:
-        texts = generate(options, prompts, advance)
+        texts = generate(options.model, options.dtype, prompts, options.max_tokens, options.concurrency, advance)
     grid = list(settings())
     with progress("replaying", len(grid)) as advance:
         results = [score(setting, texts, options.max_tokens, advance) for setting in grid]
@@ -135,18 +122,6 @@ def settings() -> Iterator[Setting]:
     for longest, shortest, order, depth, branches in product(range(1, 5), (1, 2), ORDERS, (2, 4, 8), (1, 2)):
         if shortest <= longest:
             yield Setting(longest, shortest, order, depth, branches)
-
-
-def generate(options: argparse.Namespace, prompts: Sequence[Prompt], advance: Advance) -> list[Text]:
-    """The greedy outputs, decoded without guesses."""
-    engine = Engine(EngineConfig(options.model, dtype=options.dtype, speculation=None, compile="wait"))
-    tokens = encode(prompts, engine.tokenizer)
-    params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
-    run = drive(engine, tokens, params, options.concurrency, advance)
-    return [
-        Text(prompt.category, ids, output.tokens)
-        for prompt, ids, output in zip(prompts, tokens, run.outputs, strict=True)
-    ]
 
 
 def score(setting: Setting, texts: Sequence[Text], max_tokens: int, advance: Advance) -> SettingResult:

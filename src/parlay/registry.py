@@ -49,5 +49,11 @@ class Registry:
         return target(**options)
 
 
-drafters = Registry("drafters", {"prompt_lookup": "parlay.drafters.prompt_lookup:PromptLookup"})
+drafters = Registry(
+    "drafters",
+    {
+        "prompt_lookup": "parlay.drafters.prompt_lookup:PromptLookup",
+        "suffix": "parlay.drafters.suffix:Suffix",
+    },
+)
 policies = Registry("policies", {"off": "parlay.policy.fixed:Off", "fixed": "parlay.policy.fixed:Fixed"})

@@ -10,7 +10,9 @@ import pytest
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
+from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
+from parlay.policy.trees import kary
 from parlay.types import InvalidRequest, Request, SamplingParams
 from tests.architectures import make_model, prompts_of
 from tests.gamblers import RandomPolicy, RandomSampler
@@ -70,8 +72,10 @@ def test_random_traffic(folder: Path, seed: int) -> None:
     ]  # fmt: skip
     expected = expected_outputs(folder, requests)
     engine = small_engine(folder, rng)
-    engine.drafters = Drafters([PromptLookup(), RandomSampler(VOCAB_SIZE, seed)])
-    engine.policy = RandomPolicy(seed, ["prompt_lookup", "random_sampler"])
+    engine.drafters = Drafters(
+        [PromptLookup(), Suffix(kary(2, 2), shared=200, least=0.0), RandomSampler(VOCAB_SIZE, seed)]
+    )
+    engine.policy = RandomPolicy(seed, ["prompt_lookup", "suffix", "random_sampler"])
     found: dict[str, dict[int, tuple[int, ...]]] = {request.id: {} for request in requests}
     scored: dict[str, int] = {}
     ended: dict[str, int] = {}

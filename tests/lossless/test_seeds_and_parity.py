@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
+from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
+from parlay.policy.trees import kary
 from parlay.types import Request, SamplingParams, TokenLogprobs, Tree
 from tests.architectures import make_model, prompts_of
 from tests.gamblers import RandomPolicy, RandomSampler
@@ -61,6 +63,7 @@ def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "prompt lookup": lambda: PromptLookup(Tree.chain(6)),
     "prompt lookup tree": lambda: PromptLookup(Tree((-1, -1, -1, 0, 0, 1, 3, 3))),
+    "suffix tree": lambda: Suffix(kary(2, 3), least=0.0),
     "hostile sampler": lambda: RandomSampler(VOCAB_SIZE, seed=9),
 }
 PARAMS = {

@@ -9,9 +9,36 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from parlay.drafters.base import Drafter
+from parlay.bench.offline import drive
+from parlay.bench.report import Advance
+from parlay.bench.workloads import Prompt, encode
+from parlay.config import Dtype, EngineConfig
+from parlay.engine.engine import Engine
 from parlay.types import Offer, Request, Row, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt and its greedy output."""
+
+    category: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+def generate(
+    model: str, dtype: Dtype, prompts: Sequence[Prompt], max_tokens: int, concurrency: int, advance: Advance
+) -> list[Text]:
+    """The greedy outputs of a model, decoded without guesses."""
+    engine = Engine(EngineConfig(model, dtype=dtype, speculation=None, compile="wait"))
+    tokens = encode(prompts, engine.tokenizer)
+    run = drive(engine, tokens, SamplingParams(temperature=0, max_tokens=max_tokens), concurrency, advance)
+    return [
+        Text(prompt.category, ids, output.tokens)
+        for prompt, ids, output in zip(prompts, tokens, run.outputs, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +63,19 @@ class Replayed:
         return self.tokens / max(1, self.steps)
 
 
-def replay(drafter: Drafter, prompt: Sequence[int], output: Sequence[int], max_tokens: int) -> Replayed:
+class Guesser(Protocol):
+    """What a replay asks of a drafter."""
+
+    def offer(self, rows: Sequence[Row]) -> Sequence[Offer | None]:
+        """See `Drafter`."""
+        ...
+
+    def forget(self, seq: int) -> None:
+        """See `Drafter`."""
+        ...
+
+
+def replay(drafter: Guesser, prompt: Sequence[int], output: Sequence[int], max_tokens: int) -> Replayed:
     """Walks through a known output as verification would, betting the drafter's whole offer at every step.
 
     Args:

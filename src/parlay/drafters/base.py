@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from parlay.engine.batch import Draft
+from parlay.policy.trees import overlap, subtree
 from parlay.types import Bet, Offer, Row, RowResult, StepPlan
 
 
@@ -19,8 +21,8 @@ class Drafter(Protocol):
     Attributes:
         name: The method's name in plans, requests and metrics; the name it is registered under.
         taps: Layers after which it needs the target's hidden states; `commit` then brings them. Empty if none.
-        deterministic: Whether equal tokens always give equal guesses. Only then may `offer` show them, and only
-            then do drafts carry no probabilities.
+        deterministic: Whether guesses follow from what was seen before, without chance. Only then may `offer` show
+            them, and only then do drafts carry no probabilities.
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
     """
 
@@ -50,6 +52,48 @@ class Drafter(Protocol):
     def forget(self, seq: int) -> None:
         """A row has ended."""
         ...
+
+
+class ShownGuesses(ABC):
+    """What drafters share whose guesses follow from tokens alone: an offer shows them, and a draft is a part of it."""
+
+    name: str
+    taps: tuple[int, ...] = ()
+    deterministic = True
+    owns_kv = False
+
+    def __init__(self) -> None:
+        self._shown: dict[int, Offer | None] = {}
+
+    @abstractmethod
+    def guess(self, row: Row) -> Offer | None:
+        """The row's next tokens, no deeper than its `max_depth`; None where there is nothing to go by."""
+
+    def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
+        """See `Drafter`."""
+        offers = [self.guess(row) for row in rows]
+        self._shown.update(zip([row.seq for row in rows], offers, strict=True))
+        return offers
+
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+        """See `Drafter`."""
+        drafts: list[Draft | None] = []
+        for row, bet in zip(rows, bets, strict=True):
+            offer = self._shown.get(row.seq)
+            if offer is None or offer.tokens is None:
+                drafts.append(None)
+                continue
+            nodes = overlap(offer.tree, bet.tree)
+            drafts.append(Draft(self.name, subtree(offer.tree, nodes), tuple(offer.tokens[node] for node in nodes)))
+        return drafts
+
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+        """See `Drafter`."""
+        del rows, results, taps  # rows show their tokens anyway
+
+    def forget(self, seq: int) -> None:
+        """See `Drafter`."""
+        self._shown.pop(seq, None)
 
 
 class Drafters:

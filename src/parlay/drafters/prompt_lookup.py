@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
-import torch
-
-from parlay.engine.batch import Draft
-from parlay.policy.trees import overlap, subtree
-from parlay.types import Bet, Offer, Row, RowResult, Tree
+from parlay.drafters.base import ShownGuesses
+from parlay.types import Offer, Row, Tree
 
 WIDTH = array("i").itemsize
 MATCHES = 64  # earlier occurrences that are looked at to fill a tree
 
 
-class PromptLookup:
+class PromptLookup(ShownGuesses):
     """Continues the most recent (or earliest) earlier occurrence of the longest matching suffix.
 
     After apoorvumang's prompt-lookup-decoding. A continuation that reaches the end of the text goes on with its own
@@ -32,9 +29,6 @@ class PromptLookup:
     """
 
     name = "prompt_lookup"
-    taps: tuple[int, ...] = ()
-    deterministic = True
-    owns_kv = False
 
     def __init__(
         self,
@@ -43,36 +37,15 @@ class PromptLookup:
         min_ngram: int = 1,
         order: Literal["recent", "earliest"] = "recent",
     ) -> None:
+        super().__init__()
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError("prompt_lookup: needs 1 <= min_ngram <= max_ngram")
         self.tree = tree
         self.ngrams = range(max_ngram, min_ngram - 1, -1)
         self.order = order
-        self._latest: dict[int, Offer | None] = {}
 
-    def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
-        self._latest |= {row.seq: self._offer(row) for row in rows}
-        return [self._latest[row.seq] for row in rows]
-
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
-        drafts: list[Draft | None] = []
-        for row, bet in zip(rows, bets, strict=True):
-            offer = self._latest.get(row.seq)
-            if offer is None or offer.tokens is None:
-                drafts.append(None)
-                continue
-            nodes = overlap(offer.tree, bet.tree)
-            tokens = tuple(offer.tokens[node] for node in nodes)
-            drafts.append(Draft(self.name, subtree(offer.tree, nodes), tokens))
-        return drafts
-
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
-        pass
-
-    def forget(self, seq: int) -> None:
-        self._latest.pop(seq, None)
-
-    def _offer(self, row: Row) -> Offer | None:
+    def guess(self, row: Row) -> Offer | None:
+        """See `ShownGuesses`."""
         bound = self.tree.trim(len(self.tree), row.max_depth)
         guesses = _Filling(bound)
         for path in islice(self.continuations(row.tokens, bound.depth), MATCHES):

@@ -1,0 +1,196 @@
+"""Suffix decoding: bets that what followed the longest match of the latest tokens before will follow it again.
+
+After SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975): searched are a row's own text and the answers to earlier
+requests. Where that paper keeps suffix trees of depth 64, here every position is indexed by its last few tokens only,
+and the texts themselves tell how far a match reaches back: an entry costs a few words of memory, not one per depth.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from parlay.drafters.base import ShownGuesses
+from parlay.policy.trees import Ints
+from parlay.types import Offer, Row, Tree
+
+GRAMS = (3, 2, 1)  # tokens by which positions are found, the longest first
+OCCURRENCES = 32  # that are kept of each, the latest
+REACH = 16  # tokens to look back at most
+ESCAPE = 4.0  # weight of what was never seen
+EDGE = -1  # a token that matches nothing
+
+
+class Occurrences:
+    """A text that is appended to, and where its grams are; the oldest tokens make room for new ones.
+
+    Args:
+        capacity: Tokens that are kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._text: Ints = np.full(min(capacity, 256), EDGE, dtype=np.intp)
+        self._end = 0  # tokens ever appended; token i is at place i modulo the capacity
+        self._last: tuple[int, ...] = ()
+        self._places: dict[tuple[int, ...], deque[int]] = {}
+
+    def __len__(self) -> int:
+        return min(self._end, self._capacity)
+
+    def append(self, tokens: Iterable[int]) -> None:
+        """Reads on. An `EDGE` parts two texts."""
+        for token in tokens:
+            self._last = (*self._last[-(GRAMS[0] - 1) :], token) if token != EDGE else ()
+            if self._end >= self._capacity:
+                self._drop(self._end - self._capacity)
+            elif self._end == len(self._text):
+                more = min(self._capacity, 2 * self._end) - self._end
+                self._text = np.concatenate([self._text, np.full(more, EDGE, dtype=np.intp)])
+            self._text[self._end % self._capacity] = token
+            self._end += 1
+            for size in range(1, len(self._last) + 1):
+                gram = self._last[-size:]
+                places = self._places.get(gram)
+                if places is None:
+                    places = self._places[gram] = deque(maxlen=OCCURRENCES)
+                places.append(self._end)
+
+    def _drop(self, oldest: int) -> None:
+        """Forgets the grams that begin at the oldest token."""
+        text = self._text[np.arange(oldest, oldest + GRAMS[0]) % self._capacity].tolist()
+        for size in range(1, GRAMS[0] + 1):
+            gram = tuple(text[:size])
+            places = self._places.get(gram)
+            while places and places[0] <= oldest + size:
+                places.popleft()
+            if places is not None and not places:
+                del self._places[gram]
+
+    def find(self, suffix: Ints, depth: int) -> tuple[Ints, Ints]:
+        """Where the end of a text was seen before, the latest first.
+
+        Args:
+            suffix: [n] the last tokens of a text, at most `REACH`.
+            depth: How many following tokens are wanted.
+
+        Returns:
+            [matches] how many tokens match, and [matches, depth] what followed, `EDGE` where nothing did.
+        """
+        for size in GRAMS:
+            places = self._places.get(tuple(suffix[-size:].tolist())) if size <= len(suffix) else None
+            if places is not None and (len(places) > 1 or places[0] < self._end):
+                break
+        else:
+            return np.zeros(0, dtype=np.intp), np.zeros((0, depth), dtype=np.intp)
+        ends = np.array(places, dtype=np.intp)[::-1]
+        ends = ends[ends < self._end]
+        span = np.arange(-len(suffix), depth)
+        where = ends[:, None] + span
+        there = (where >= max(0, self._end - self._capacity)) & (where < self._end)
+        text = np.where(there, self._text[where % self._capacity % len(self._text)], EDGE)
+        same = text[:, : len(suffix)][:, ::-1] == suffix[::-1]
+        return np.logical_and.accumulate(same, axis=1).sum(axis=1), text[:, len(suffix) :]
+
+
+class _Guess(NamedTuple):
+    """A token behind a node, in the order in which guesses are taken."""
+
+    unlikely: float  # minus the estimate along its path
+    parent: int
+    place: int  # in the planned tree; siblings in their order
+    token: int
+    share: float  # of the estimate, if its parent is right
+    level: int
+    matches: list[int]
+
+
+class Suffix(ShownGuesses):
+    """Continues the longest matches of a row's latest tokens, in its own text and in earlier answers.
+
+    A match of m tokens weighs m^1.5; a token's estimate is its matches' weight over that of all of them and of what was
+    never seen. Guesses with the highest estimates along their path fill the tree.
+
+    Args:
+        tree: Says how many guesses are looked for at most, and how deep.
+        shared: Tokens of earlier answers that are kept; 0 keeps none.
+        least: Guesses that are estimated lower along their path are left out.
+    """
+
+    name = "suffix"
+
+    def __init__(self, tree: Tree = Tree.chain(8), shared: int = 1_000_000, least: float = 0.05) -> None:
+        super().__init__()
+        if shared < 0 or not 0 <= least < 1:
+            raise ValueError("suffix: shared must not be negative, and least from 0 to below 1")
+        self.tree, self.least = tree, least
+        self._places = tree.children()
+        self.shared = Occurrences(shared) if shared else None
+        self._own: dict[int, Occurrences] = {}
+        self._rows: dict[int, tuple[array[int], int]] = {}  # seq -> its tokens, and where its answer begins
+
+    def guess(self, row: Row) -> Offer | None:
+        own = self._own.get(row.seq)
+        if own is None:
+            own = self._own[row.seq] = Occurrences(1 << 40)
+            self._rows[row.seq] = row.tokens, len(row.request.prompt)
+        own.append(row.tokens[len(own) : row.length])
+        suffix = np.array(row.tokens[max(0, row.length - REACH) : row.length], dtype=np.intp)
+        depth = min(self.tree.depth, row.max_depth)
+        found = [some.find(suffix, depth) for some in (own, self.shared) if some is not None]
+        reach = np.concatenate([lengths for lengths, _ in found])
+        if not len(reach):
+            return None
+        return self._fill(reach, np.concatenate([texts for _, texts in found]))
+
+    def _fill(self, reach: Ints, texts: Ints) -> Offer | None:
+        """Fills places of the tree, the most likely guess first. reach: [matches]. texts: [matches, depth]."""
+        lines = texts.tolist()
+        weights = ((reach[:, None] + np.arange(texts.shape[1])) ** 1.5).tolist()
+        parents: list[int] = []
+        tokens: list[int] = []
+        confidence: list[float] = []
+        open_guesses: list[_Guess] = []
+
+        def look_behind(node: int, place: int, likely: float, level: int, matches: Sequence[int]) -> None:
+            places = self._places.get(place, ())
+            if not places or level == texts.shape[1]:
+                return
+            by_token: dict[int, list[int]] = {}
+            weight: dict[int, float] = {}
+            for match in matches:
+                token = lines[match][level]
+                if token != EDGE:
+                    by_token.setdefault(token, []).append(match)
+                    weight[token] = weight.get(token, 0.0) + weights[match][level]
+            total = ESCAPE + sum(weight.values())
+            best = sorted(weight, key=lambda token: -weight[token])
+            for rank, token in zip(places, best, strict=False):
+                share = weight[token] / total
+                if likely * share >= self.least:
+                    heapq.heappush(
+                        open_guesses, _Guess(-likely * share, node, rank, token, share, level, by_token[token])
+                    )
+
+        look_behind(-1, -1, 1.0, 0, range(len(lines)))
+        while open_guesses:
+            guess = heapq.heappop(open_guesses)
+            parents.append(guess.parent)
+            tokens.append(guess.token)
+            confidence.append(guess.share)
+            look_behind(len(tokens) - 1, guess.place, -guess.unlikely, guess.level + 1, guess.matches)
+        if not tokens:
+            return None
+        return Offer(self.name, Tree(tuple(parents)), tuple(tokens), tuple(confidence))
+
+    def forget(self, seq: int) -> None:
+        super().forget(seq)
+        self._own.pop(seq, None)
+        text, start = self._rows.pop(seq, (array("i"), 0))
+        if self.shared is not None and len(text) > start:
+            self.shared.append([EDGE, *text[start:]])
