@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +51,7 @@ def test_finds_what_a_slow_search_finds(texts: list[list[int]], suffix: list[int
     for text in texts:
         some.append([EDGE, *text])
         whole += [EDGE, *text]
-    reach, following = some.find(np.array(suffix), depth)
+    reach, following = some.find(suffix, depth)
     found = list(zip(reach.tolist(), following.tolist(), strict=True))
     assert len(some) == min(len(whole), capacity)
     assert found == obvious(whole, suffix, depth, max(0, len(whole) - capacity))
@@ -61,9 +60,9 @@ def test_finds_what_a_slow_search_finds(texts: list[list[int]], suffix: list[int
 def test_what_was_overwritten_is_forgotten() -> None:
     some = Occurrences(64)
     some.append(range(1000))
-    assert len(some._places) <= len(GRAMS) * 64
-    assert not len(some.find(np.array([3, 4, 5]), 2)[0])
-    assert some.find(np.array([996, 997]), 2)[1].tolist() == [[998, 999]]
+    assert len(some._latest) <= len(GRAMS) * 64
+    assert not len(some.find([3, 4, 5], 2)[0])
+    assert some.find([996, 997], 2)[1].tolist() == [[998, 999]]
 
 
 def test_longer_matches_weigh_more() -> None:
@@ -130,5 +129,6 @@ def test_a_long_match_is_believed_and_a_short_one_hardly() -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="shared must not be negative"):
-        Suffix(shared=-1)
+    for shared in (-1, 1):
+        with pytest.raises(ValueError, match="shared must be 0 or at least"):
+            Suffix(shared=shared)

@@ -2,14 +2,13 @@
 
 After SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975): searched are a row's own text and the answers to earlier
 requests. Where that paper keeps suffix trees of depth 64, here every position is indexed by its last few tokens only,
-and the texts themselves tell how far a match reaches back: an entry costs a few words of memory, not one per depth.
+and the texts themselves tell how far a match reaches back: a token costs memory once, not once per depth.
 """
 
 from __future__ import annotations
 
 import heapq
 from array import array
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,73 +28,85 @@ EDGE = -1  # a token that matches nothing
 class Occurrences:
     """A text that is appended to, and where its grams are; the oldest tokens make room for new ones.
 
+    Occurrences of a gram are chained, the latest first, as LZ77 compressors do it.
+
     Args:
         capacity: Tokens that are kept.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._text: Ints = np.full(min(capacity, 256), EDGE, dtype=np.intp)
         self._end = 0  # tokens ever appended; token i is at place i modulo the capacity
+        self._text = array("q")
+        self._before = {size: array("q") for size in GRAMS}  # where the gram that ends here ended before; 0 for nowhere
+        self._latest: dict[tuple[int, ...], int] = {}
         self._last: tuple[int, ...] = ()
-        self._places: dict[tuple[int, ...], deque[int]] = {}
 
     def __len__(self) -> int:
-        return min(self._end, self._capacity)
+        return len(self._text)
+
+    @property
+    def _oldest(self) -> int:
+        return self._end - len(self._text)
 
     def append(self, tokens: Iterable[int]) -> None:
         """Reads on. An `EDGE` parts two texts."""
         for token in tokens:
             self._last = (*self._last[-(GRAMS[0] - 1) :], token) if token != EDGE else ()
-            if self._end >= self._capacity:
-                self._drop(self._end - self._capacity)
-            elif self._end == len(self._text):
-                more = min(self._capacity, 2 * self._end) - self._end
-                self._text = np.concatenate([self._text, np.full(more, EDGE, dtype=np.intp)])
-            self._text[self._end % self._capacity] = token
-            self._end += 1
-            for size in range(1, len(self._last) + 1):
+            if len(self._text) == self._capacity:
+                self._drop()
+            self._put(self._text, token)
+            for size, before in self._before.items():
                 gram = self._last[-size:]
-                places = self._places.get(gram)
-                if places is None:
-                    places = self._places[gram] = deque(maxlen=OCCURRENCES)
-                places.append(self._end)
+                if len(gram) < size:
+                    self._put(before, 0)
+                    continue
+                self._put(before, self._latest.get(gram, 0))
+                self._latest[gram] = self._end + 1
+            self._end += 1
 
-    def _drop(self, oldest: int) -> None:
-        """Forgets the grams that begin at the oldest token."""
-        text = self._text[np.arange(oldest, oldest + GRAMS[0]) % self._capacity].tolist()
-        for size in range(1, GRAMS[0] + 1):
+    def _put(self, column: array[int], value: int) -> None:
+        if len(column) < self._capacity:
+            column.append(value)
+        else:
+            column[self._end % self._capacity] = value
+
+    def _drop(self) -> None:
+        """Forgets the grams that begin at the oldest token, where they came only once."""
+        oldest = self._oldest
+        text = [self._text[(oldest + i) % self._capacity] for i in range(GRAMS[0])]
+        for size in GRAMS:
             gram = tuple(text[:size])
-            places = self._places.get(gram)
-            while places and places[0] <= oldest + size:
-                places.popleft()
-            if places is not None and not places:
-                del self._places[gram]
+            if self._latest.get(gram) == oldest + size:
+                del self._latest[gram]
 
-    def find(self, suffix: Ints, depth: int) -> tuple[Ints, Ints]:
+    def find(self, suffix: Sequence[int], depth: int) -> tuple[Ints, Ints]:
         """Where the end of a text was seen before, the latest first.
 
         Args:
-            suffix: [n] the last tokens of a text, at most `REACH`.
+            suffix: The last tokens of a text, at most `REACH`.
             depth: How many following tokens are wanted.
 
         Returns:
             [matches] how many tokens match, and [matches, depth] what followed, `EDGE` where nothing did.
         """
-        for size in GRAMS:
-            places = self._places.get(tuple(suffix[-size:].tolist())) if size <= len(suffix) else None
-            if places is not None and (len(places) > 1 or places[0] < self._end):
-                break
-        else:
-            return np.zeros(0, dtype=np.intp), np.zeros((0, depth), dtype=np.intp)
-        ends = np.array(places, dtype=np.intp)[::-1]
-        ends = ends[ends < self._end]
-        span = np.arange(-len(suffix), depth)
-        where = ends[:, None] + span
-        there = (where >= max(0, self._end - self._capacity)) & (where < self._end)
-        text = np.where(there, self._text[where % self._capacity % len(self._text)], EDGE)
-        same = text[:, : len(suffix)][:, ::-1] == suffix[::-1]
+        ends = next((ends for size in GRAMS if size <= len(suffix) and (ends := self._ends(tuple(suffix[-size:])))), [])
+        where = np.array(ends, dtype=np.intp)[:, None] + np.arange(-len(suffix), depth)
+        there = (where >= self._oldest) & (where < self._end)
+        places = np.where(there, where, self._oldest) % self._capacity
+        text = np.where(there, np.frombuffer(self._text, dtype=np.int64)[places], EDGE) if ends else places
+        same = text[:, : len(suffix)][:, ::-1] == np.array(suffix)[::-1]
         return np.logical_and.accumulate(same, axis=1).sum(axis=1), text[:, len(suffix) :]
+
+    def _ends(self, gram: tuple[int, ...]) -> list[int]:
+        """Where a gram ended before, as far as something follows it."""
+        found: list[int] = []
+        before, end = self._before[len(gram)], self._latest.get(gram, 0)
+        while len(found) < OCCURRENCES and end and end - len(gram) >= self._oldest:
+            if end < self._end:
+                found.append(end)
+            end = before[(end - 1) % self._capacity]
+        return found
 
 
 class _Guess(NamedTuple):
@@ -124,10 +135,10 @@ class Suffix(ShownGuesses):
 
     name = "suffix"
 
-    def __init__(self, tree: Tree = Tree.chain(8), shared: int = 1_000_000, least: float = 0.05) -> None:
+    def __init__(self, tree: Tree = Tree.chain(8), shared: int = 200_000, least: float = 0.05) -> None:
         super().__init__()
-        if shared < 0 or not 0 <= least < 1:
-            raise ValueError("suffix: shared must not be negative, and least from 0 to below 1")
+        if 0 < shared < REACH or shared < 0 or not 0 <= least < 1:
+            raise ValueError(f"suffix: shared must be 0 or at least {REACH}, and least from 0 to below 1")
         self.tree, self.least = tree, least
         self._places = tree.children()
         self.shared = Occurrences(shared) if shared else None
@@ -135,12 +146,13 @@ class Suffix(ShownGuesses):
         self._rows: dict[int, tuple[array[int], int]] = {}  # seq -> its tokens, and where its answer begins
 
     def guess(self, row: Row) -> Offer | None:
+        """See `ShownGuesses`."""
         own = self._own.get(row.seq)
         if own is None:
             own = self._own[row.seq] = Occurrences(1 << 40)
             self._rows[row.seq] = row.tokens, len(row.request.prompt)
         own.append(row.tokens[len(own) : row.length])
-        suffix = np.array(row.tokens[max(0, row.length - REACH) : row.length], dtype=np.intp)
+        suffix = row.tokens[max(0, row.length - REACH) : row.length]
         depth = min(self.tree.depth, row.max_depth)
         found = [some.find(suffix, depth) for some in (own, self.shared) if some is not None]
         reach = np.concatenate([lengths for lengths, _ in found])
@@ -189,6 +201,7 @@ class Suffix(ShownGuesses):
         return Offer(self.name, Tree(tuple(parents)), tuple(tokens), tuple(confidence))
 
     def forget(self, seq: int) -> None:
+        """See `Drafter`; what was answered is kept for others."""
         super().forget(seq)
         self._own.pop(seq, None)
         text, start = self._rows.pop(seq, (array("i"), 0))

@@ -94,8 +94,8 @@ class MethodAcceptance:
     Estimated is how likely a guess is accepted once it is tried, so that the acceptances of siblings, each the product
     of that and of the elder ones' failures, sum to less than 1 by themselves. Three estimates, each the prior of the
     next, so that little data changes little: a rank for as long as can be remembered, a rank lately, a rank at this
-    level lately. What was seen lately counts less with every outcome and with every step, until as good as nothing is
-    left: of a method that is off little is seen, and a dozen good probes must outweigh what was true before.
+    level lately. What was seen lately counts less with every outcome and with every step, down to ten trials: of a
+    method that is off little is seen, and a dozen good probes must outweigh what was true before.
 
     A request differs from the pool by one factor: its accepted guesses over those that the pool led to expect, with a
     few expected ones added to both. The pool's own counts are divided by the factors of the requests that they are of;
