@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from parlay.drafters.base import Drafter
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import draw_without_replacement
-from parlay.types import Bet, Offer, Row, RowResult, StepPlan, StepResult, Tree
+from parlay.types import Bet, Offer, Row, StepPlan, StepResult, Tree
 
 
 def random_tree(rng: random.Random, size: int) -> Tree:
@@ -36,20 +37,9 @@ class RandomPolicy:
         pass
 
 
-class _Drafter:
-    taps: tuple[int, ...] = ()
-    owns_kv = False
-    deterministic = False
-    name = ""
-
+class _Drafter(Drafter):
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
         return [None] * len(rows)
-
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
-        pass
-
-    def forget(self, seq: int) -> None:
-        pass
 
 
 class NoisyOracle(_Drafter):

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from parlay.types import Bet, Tree
@@ -60,6 +60,7 @@ class EngineConfig:
         page_size: Positions per KV page.
         prefix_caching: Reuse KV of equal prompt prefixes.
         speculation: What to bet on every row; None never bets. A text is read by `parse_bet`.
+        drafters: By method, where a drafter's weights are: a Hugging Face id or a local folder.
         parity: `strict` makes every reduction independent of what else is in the step.
         compile: Compile the model's layers while serving (`background`) or before it (`wait`), which takes a minute
             once; `cached` only takes what earlier starts have compiled. On CPU, in float32 and bfloat16.
@@ -77,6 +78,7 @@ class EngineConfig:
     page_size: int = 16
     prefix_caching: bool = True
     speculation: Bet | None = AUTO
+    drafters: Mapping[str, str] = field(default_factory=dict)
     parity: Parity = "fast"
     compile: Compile = "cached"
     seed: int | None = None

@@ -1,7 +1,7 @@
 """Names for parts that can be exchanged, imported only when used. Third parties add entry points.
 
 A package offers a drafter by an entry point in the group `parlay.drafters` (or `parlay.policies`), named as users will
-write it and pointing at a class.
+write it and pointing at a class (see `parlay.drafters.base.Drafter`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Registry:
         """Adds a class or function directly, as tests and notebooks do."""
         self._targets[name] = factory
 
-    def create(self, name: str, **options: Any) -> Any:
-        """Builds the part of this name.
+    def find(self, name: str) -> Any:
+        """The class or function of this name.
 
         Raises:
             ValueError: for an unknown name, with the nearest known one.
@@ -46,13 +46,24 @@ class Registry:
         if isinstance(target, str):
             module, attribute = target.split(":")
             target = getattr(import_module(module), attribute)
-        return target(**options)
+        return target
+
+    def create(self, name: str, **options: Any) -> Any:
+        """Builds the part of this name.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest known one.
+        """
+        return self.find(name)(**options)
 
 
 drafters = Registry(
     "drafters",
     {
+        "draft_model": "parlay.drafters.draft_model:DraftModel",
+        "eagle": "parlay.drafters.eagle:Eagle",
         "prompt_lookup": "parlay.drafters.prompt_lookup:PromptLookup",
+        "self": "parlay.drafters.early_exit:EarlyExit",
         "suffix": "parlay.drafters.suffix:Suffix",
     },
 )

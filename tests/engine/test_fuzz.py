@@ -13,8 +13,9 @@ from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
-from parlay.types import InvalidRequest, Request, SamplingParams
+from parlay.types import Bet, InvalidRequest, Request, SamplingParams
 from tests.architectures import make_model, prompts_of
+from tests.drafting import sources
 from tests.gamblers import RandomPolicy, RandomSampler
 from tests.tiny import VOCAB_SIZE
 
@@ -26,16 +27,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def small_engine(folder: Path, rng: random.Random) -> Engine:
+def small_engine(folder: Path, rng: random.Random, method: str) -> Engine:
     page_size = rng.choice([1, 3, 4, 16])
     seqs = rng.choice([1, 3, 8])
-    position = 2 * 2 * 2 * 8 * 8
+    position = 2 * 2 * 2 * 8 * 8 * (1 if method == "self" else 2)  # a head and its features take as much
     pages = rng.randint(-(-60 // page_size) + 2, -(-160 // page_size) + 2)
     return Engine(
         EngineConfig(
             str(folder), dtype="float64", page_size=page_size, max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(seqs, 40), kv_cache_memory=pages * page_size * position,
-            prefix_caching=rng.random() < 0.7, speculation=None, seed=0, self_check=False,
+            prefix_caching=rng.random() < 0.7, seed=0, self_check=False,
+            speculation=Bet(method, kary(2, 3)), drafters={method: sources(folder)[method]},
         )
     )  # fmt: skip
 
@@ -71,11 +73,11 @@ def test_random_traffic(folder: Path, seed: int) -> None:
         for number, prompt in enumerate(prompts_of(14, seed))
     ]  # fmt: skip
     expected = expected_outputs(folder, requests)
-    engine = small_engine(folder, rng)
-    engine.drafters = Drafters(
-        [PromptLookup(), Suffix(kary(2, 2), shared=200, least=0.0), RandomSampler(VOCAB_SIZE, seed)]
-    )
-    engine.policy = RandomPolicy(seed, ["prompt_lookup", "suffix", "random_sampler"])
+    method = ("eagle", "draft_model", "self")[seed % 3]
+    engine = small_engine(folder, rng, method)
+    others = [PromptLookup(), Suffix(kary(2, 2), shared=200, least=0.0), RandomSampler(VOCAB_SIZE, seed)]
+    engine.drafters = Drafters([*engine.drafters.by_name.values(), *others])
+    engine.policy = RandomPolicy(seed, [method, method, "prompt_lookup", "suffix", "random_sampler"])
     found: dict[str, dict[int, tuple[int, ...]]] = {request.id: {} for request in requests}
     scored: dict[str, int] = {}
     ended: dict[str, int] = {}

@@ -79,7 +79,7 @@ def test_the_self_check_refuses_a_model_that_looks_at_its_neighbours(tmp_path: P
 
 
 def test_a_drafter_answers_to_the_name_it_is_registered_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.drafters, "create", lambda name, **options: PromptLookup(**options))
+    monkeypatch.setattr(registry.drafters, "find", lambda name: PromptLookup)
     with pytest.raises(ValueError, match="registered as 'lucky' calls itself 'prompt_lookup'"):
         Engine(
             EngineConfig(str(make_model(tmp_path, "llama")), dtype="float64", speculation=Bet("lucky", Tree.chain(2)))

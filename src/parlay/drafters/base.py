@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Self
 
 import torch
 
 from parlay.engine.batch import Draft
+from parlay.engine.model import LoadedModel, TargetModel
 from parlay.policy.trees import overlap, subtree
-from parlay.types import Bet, Offer, Row, RowResult, StepPlan
+from parlay.types import Bet, Offer, Row, RowResult, StepPlan, Tree
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Guesses tokens. The engine asks for capabilities, never for identity.
 
-    A registered factory is called with `tree`, the largest tree that will be asked for.
+    What is registered under a name is a class of this kind.
 
     Attributes:
         name: The method's name in plans, requests and metrics; the name it is registered under.
@@ -24,22 +25,44 @@ class Drafter(Protocol):
         deterministic: Whether guesses follow from what was seen before, without chance. Only then may `offer` show
             them, and only then do drafts carry no probabilities.
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
+        bytes_per_position: Memory that it needs for every position of the target's KV pool.
     """
 
     name: str
-    taps: tuple[int, ...]
-    deterministic: bool
-    owns_kv: bool
+    taps: tuple[int, ...] = ()
+    deterministic: bool = False
+    owns_kv: bool = False
+    bytes_per_position: int = 0
 
+    @classmethod
+    def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
+        """Builds the drafter that serves a target.
+
+        Args:
+            tree: The largest tree that will be asked for.
+            target: Whom it guesses for.
+            source: Where its weights are, as the user wrote it.
+
+        Raises:
+            ValueError: in a sentence with the remedy, when it cannot guess for this target.
+            CheckpointError: when its weights cannot be had.
+        """
+        raise NotImplementedError(f"{cls.__name__} cannot be built by name")
+
+    def attach(self, target: TargetModel) -> None:  # noqa: B027  (most keep nothing)
+        """Called once, when the target's pages exist: makes room for what it keeps by position."""
+
+    @abstractmethod
     def offer(self, rows: Sequence[Row]) -> Sequence[Offer | None]:
         """What it could bet on each row; host only and cheap. Nothing sampled is drawn here."""
-        ...
 
+    @abstractmethod
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> Sequence[Draft | None]:
         """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values."""
-        ...
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+    def commit(  # noqa: B027
+        self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]
+    ) -> None:
         """Hears what was emitted, before the rows' tokens grow.
 
         Args:
@@ -47,23 +70,27 @@ class Drafter(Protocol):
             results: What became of them.
             taps: By layer, hidden states of the packed step; see `Scores`.
         """
-        ...
 
-    def forget(self, seq: int) -> None:
+    def forget(self, seq: int) -> None:  # noqa: B027
         """A row has ended."""
-        ...
 
 
-class ShownGuesses(ABC):
+class ShownGuesses(Drafter):
     """What drafters share whose guesses follow from tokens alone: an offer shows them, and a draft is a part of it."""
 
-    name: str
-    taps: tuple[int, ...] = ()
     deterministic = True
-    owns_kv = False
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
         self._shown: dict[int, Offer | None] = {}
+
+    @classmethod
+    def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
+        """See `Drafter`."""
+        del target
+        if source is not None:
+            raise ValueError(f"drafter {cls.name}: it has no weights to load; leave {source!r} out")
+        return cls(tree)
 
     @abstractmethod
     def guess(self, row: Row) -> Offer | None:
@@ -87,10 +114,6 @@ class ShownGuesses(ABC):
             drafts.append(Draft(self.name, subtree(offer.tree, nodes), tuple(offer.tokens[node] for node in nodes)))
         return drafts
 
-    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
-        """See `Drafter`."""
-        del rows, results, taps  # rows show their tokens anyway
-
     def forget(self, seq: int) -> None:
         """See `Drafter`."""
         self._shown.pop(seq, None)
@@ -102,6 +125,14 @@ class Drafters:
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self.by_name = {drafter.name: drafter for drafter in drafters}
         self.taps = tuple(sorted({layer for drafter in drafters for layer in drafter.taps}))
+
+    @property
+    def bytes_per_position(self) -> int:
+        return sum(drafter.bytes_per_position for drafter in self.by_name.values())
+
+    def attach(self, target: TargetModel) -> None:
+        for drafter in self.by_name.values():
+            drafter.attach(target)
 
     def offer(self, rows: Sequence[Row]) -> list[list[Offer]]:
         """Per row, every drafter's offer; rows that may not guess get none."""

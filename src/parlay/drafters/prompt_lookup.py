@@ -37,10 +37,9 @@ class PromptLookup(ShownGuesses):
         min_ngram: int = 1,
         order: Literal["recent", "earliest"] = "recent",
     ) -> None:
-        super().__init__()
+        super().__init__(tree)
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError("prompt_lookup: needs 1 <= min_ngram <= max_ngram")
-        self.tree = tree
         self.ngrams = range(max_ngram, min_ngram - 1, -1)
         self.order = order
 

@@ -136,10 +136,10 @@ class Suffix(ShownGuesses):
     name = "suffix"
 
     def __init__(self, tree: Tree = Tree.chain(8), shared: int = 200_000, least: float = 0.05) -> None:
-        super().__init__()
+        super().__init__(tree)
         if 0 < shared < REACH or shared < 0 or not 0 <= least < 1:
             raise ValueError(f"suffix: shared must be 0 or at least {REACH}, and least from 0 to below 1")
-        self.tree, self.least = tree, least
+        self.least = least
         self._places = tree.children()
         self.shared = Occurrences(shared) if shared else None
         self._own: dict[int, Occurrences] = {}

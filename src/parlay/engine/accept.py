@@ -76,11 +76,17 @@ class _Walk:
             return []
         return [self.draft.tokens[child] for child in self.children.get(self.node, ())]
 
-    def proposal(self) -> torch.Tensor | None:
-        """[vocab] what the current node's children were drawn from, where they were sampled."""
-        if self.draft is None or self.draft.probs is None or self.node not in self.children:
-            return None
-        return self.draft.probs[sorted(self.children).index(self.node)]
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the current node has children that were sampled."""
+        return self.draft is not None and self.draft.probs is not None and self.node in self.children
+
+    def proposal(self, like: torch.Tensor) -> torch.Tensor:
+        """[vocab] what the current node's children were sampled from; `like` is what the target says."""
+        assert self.draft is not None
+        assert self.draft.probs is not None
+        found = self.draft.probs[sorted(self.children).index(self.node)].to(like)
+        return found if self.draft.ids is None else torch.zeros_like(like).index_copy_(0, self.draft.ids, found)
 
     def take(self, token: int) -> bool:
         """Emits a token and follows it into the tree; False when the walk has ended."""
@@ -163,9 +169,7 @@ class Acceptor:
         by_rule: dict[str, list[int]] = {}
         for line, walk in enumerate(walks):
             mode = walk.row.request.params.mode
-            by_rule.setdefault("residual" if mode == "optimal" and walk.proposal() is not None else mode, []).append(
-                line
-            )
+            by_rule.setdefault("residual" if mode == "optimal" and walk.is_sampled else mode, []).append(line)
         for rule, lines in by_rule.items():
             chosen = _lines(logits, lines)
             some = [walks[line] for line in lines]
@@ -196,8 +200,7 @@ class Acceptor:
         Returns:
             [A] tokens.
         """
-        proposals = [walk.proposal() for walk in walks]
-        draft = torch.stack([p for p in proposals if p is not None]).to(target)
+        draft = torch.stack([walk.proposal(line) for walk, line in zip(walks, target, strict=True)])
         options = [walk.options for walk in walks]
         result = torch.full((len(walks),), -1, dtype=torch.long, device=target.device)
         rejected = torch.zeros_like(target, dtype=torch.bool)

@@ -27,29 +27,32 @@ class Draft:
         probs: None for deterministic guesses. Otherwise the distribution each node's children were drawn from,
             without replacement and in node order: one row per inner node, the root first, then by node number,
             [num_inner, vocab].
+        ids: [vocab] the target's tokens that `probs` are of; None where they are all of them.
     """
 
     method: str
     tree: Tree
     tokens: tuple[int, ...]
     probs: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row on the host: its known tokens of this step, then its tree's nodes."""
+    """One row on the host: its known tokens of this pass, then nodes of its tree."""
 
     tokens: np.ndarray  # [q]
     positions: np.ndarray  # [q]
     slots: np.ndarray  # [q]
     pages: np.ndarray  # those of everything the row may look at: known tokens, then nodes
-    end: int  # known tokens in KV after this step
+    end: int  # known tokens in KV after this pass
     tree: Tree
+    first_node: int  # nodes before this one are in KV already; the others run
 
     @property
     def count(self) -> int:
-        """Known tokens of this step."""
-        return len(self.tokens) - len(self.tree)
+        """Known tokens of this pass."""
+        return len(self.tokens) - len(self.tree) + self.first_node
 
     @property
     def span(self) -> int:
@@ -87,39 +90,75 @@ def ancestors(tree: Tree) -> np.ndarray:
     return mask
 
 
-def _pack_row(row: Row, draft: Draft | None, page_size: int) -> PackedRow:
-    tree = draft.tree if draft else NO_TREE
-    end = row.start + row.count
-    pages = np.asarray(row.pages[: -(-(end + len(tree)) // page_size)], dtype=np.int64)
-    index = np.arange(row.start, end + len(tree))
-    nodes = end - 1 + np.asarray(tree.depths, dtype=np.int64)
+def pack_row(
+    known: Sequence[int],
+    end: int,
+    pages: Sequence[int],
+    page_size: int,
+    tree: Tree = NO_TREE,
+    guesses: Sequence[int] = (),
+) -> PackedRow:
+    """One row of a pass.
+
+    Args:
+        known: Tokens before position `end`, as many as run in this pass.
+        end: Known tokens in KV after it.
+        pages: The row's.
+        page_size: Positions per page.
+        tree: Behind the known tokens, those of its nodes that are in KV already included.
+        guesses: Tokens of its last nodes, as many as run in this pass.
+    """  # fmt: skip
+    first_node = len(tree) - len(guesses)
+    held = np.asarray(pages[: -(-(end + len(tree)) // page_size)], dtype=np.int64)
+    before = np.arange(end - len(known), end)
+    index = np.concatenate([before, np.arange(end + first_node, end + len(tree))])
+    nodes = end - 1 + np.asarray(tree.depths[first_node:], dtype=np.int64)
     return PackedRow(
-        tokens=np.asarray([*row.tokens[row.start : end], *(draft.tokens if draft else ())], dtype=np.int64),
-        positions=np.concatenate([np.arange(row.start, end), nodes]),
-        slots=pages[index // page_size] * page_size + index % page_size,
-        pages=pages,
+        tokens=np.asarray([*known, *guesses], dtype=np.int64),
+        positions=np.concatenate([before, nodes]),
+        slots=held[index // page_size] * page_size + index % page_size,
+        pages=held,
         end=end,
         tree=tree,
+        first_node=first_node,
     )
 
 
 def pack(rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device) -> ForwardBatch:
-    """Packs the rows of a step, trees of any shape beside known tokens of any count."""
-    packed = tuple(_pack_row(row, draft, page_size) for row, draft in zip(rows, drafts, strict=True))
+    """Packs the rows of a step, trees of any shape beside known tokens of any count.
+
+    Read is every row that reaches its last known token: there, and at all nodes.
+    """
+    packed: list[PackedRow] = []
+    for row, draft in zip(rows, drafts, strict=True):
+        end = row.start + row.count
+        tree, guesses = (draft.tree, draft.tokens) if draft else (NO_TREE, ())
+        packed.append(pack_row(row.tokens[row.start : end], end, row.pages, page_size, tree, guesses))
+    return join(packed, [row.samples for row in rows], device)
+
+
+def join(rows: Sequence[PackedRow], read: Sequence[bool], device: torch.device) -> ForwardBatch:
+    """Puts rows behind each other.
+
+    Args:
+        rows: Of one pass.
+        read: Whose last known token in this pass and nodes in this pass somebody reads.
+        device: Where the tensors go.
+    """
     reads: list[int] = []
     first_read: list[int] = []
     start = 0
-    for row, line in zip(rows, packed, strict=True):
-        first_read.append(len(reads) if row.samples else -1)
-        if row.samples:
-            reads.extend(range(start + row.count - 1, start + len(line.tokens)))
-        start += len(line.tokens)
+    for row, wanted in zip(rows, read, strict=True):
+        first_read.append(len(reads) if wanted else -1)
+        if wanted:
+            reads.extend(range(start + max(0, row.count - 1), start + len(row.tokens)))
+        start += len(row.tokens)
 
     def joined(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(row, name) for row in packed])).to(device)
+        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows])).to(device)
 
     return ForwardBatch(
-        rows=packed,
+        rows=tuple(rows),
         tokens=joined("tokens"),
         positions=joined("positions"),
         slots=joined("slots"),

@@ -43,11 +43,13 @@ class ModelSource:
         path: A local folder or a hub id.
         gguf_file: The GGUF file in that folder, where the weights are one.
         local: Whether nothing has to be fetched.
+        built_in: Its short name, where it has one.
     """
 
     path: str
     gguf_file: str | None = None
     local: bool = True
+    built_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def resolve(model: str) -> ModelSource:
         CheckpointError: for a name that cannot be a model, a path that is not there, and unsafe weights.
     """
     if model in BUILT_IN:
-        return ModelSource(str(pull(model)))
+        return ModelSource(str(pull(model)), built_in=model)
     path = Path(model).expanduser()
     if path.is_dir():
         _check_folder(path)
@@ -107,6 +109,25 @@ def resolve(model: str) -> ModelSource:
     if near := difflib.get_close_matches(model, BUILT_IN, n=1, cutoff=0.8):
         raise CheckpointError(f"{model!r} is no model: did you mean {near[0]!r}?")
     return ModelSource(model, local=False)
+
+
+def fetch_folder(source: str) -> Path:
+    """A local folder, or a repository's weights and descriptions from Hugging Face.
+
+    Raises:
+        CheckpointError: when it cannot be had.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(source) or path.exists():
+        raise CheckpointError(f"{source} is neither a folder nor a Hugging Face id: check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # errors of the hub, of HTTP clients and of sockets have no base of their own
+        raise CheckpointError(f"{source} cannot be fetched: {textwrap.shorten(str(error), 200)}") from error
 
 
 def load(

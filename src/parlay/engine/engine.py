@@ -49,7 +49,8 @@ class Engine:
         self.eos = _eos(loaded)
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
-        blocks = Blocks(_num_pages(config, loaded, longest), config.page_size)
+        self.drafters = _drafters(config, loaded)
+        blocks = Blocks(_num_pages(config, loaded, longest, self.drafters.bytes_per_position), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
         self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
         self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict)
@@ -57,17 +58,13 @@ class Engine:
             self_check.check(self.model, expected)
         if strict:
             self_check.check_strict(self.model)
+        self.drafters.attach(self.model)
         self._compiled = self._find_compiled()
         self._adopt_compiled()
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
-        self.drafters = Drafters([])
         self.policy = registry.policies.create("off")
         if bet is not None:
-            drafter = registry.drafters.create(bet.method, tree=bet.tree)
-            if drafter.name != bet.method:
-                raise ValueError(f"the drafter registered as {bet.method!r} calls itself {drafter.name!r}; rename one")
-            self.drafters = Drafters([drafter])
             self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree)
         self._random = random.Random(config.seed)
         generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
@@ -137,10 +134,11 @@ class Engine:
         offers = self.drafters.offer(rows)
         plan = self.policy.plan(rows, offers, self.scheduler.budget)
         plan = self.scheduler.reserve(rows, plan)
+        self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
         drafts = self.drafters.draft(rows, plan)
         lap("draft")
-        scores = self.model.verify(rows, drafts, self.scheduler.take_page_copies(), self.drafters.taps)
+        scores = self.model.verify(rows, drafts, self.drafters.taps)
         lap("verify")
         outcome = self.acceptor.accept(rows, drafts, scores)
         lap("accept")
@@ -279,9 +277,31 @@ def _fitting(config: EngineConfig, longest: int, blocks: Blocks) -> int:
     return fits
 
 
-def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> int:
-    """Pages of the pool, the null page included: what was asked for, or what rows can use within a share of memory."""
-    page_bytes = PagedKV.bytes_per_position(loaded.shapes, loaded.dtype) * config.page_size
+def _drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
+    """What the configured bet needs.
+
+    Raises:
+        ValueError: in a sentence with the remedy, for a drafter that is unknown or cannot guess for this target.
+    """
+    bet, sources = config.speculation, dict(config.drafters)
+    source = sources.pop(bet.method, None) if bet else None
+    if sources:
+        name = next(iter(sources))
+        raise ValueError(f"drafter {name}: nothing bets on it; name it in --speculation or leave it out")
+    if bet is None:
+        return Drafters([])
+    drafter = registry.drafters.find(bet.method).for_target(bet.tree, loaded, source)
+    if drafter.name != bet.method:
+        raise ValueError(f"the drafter registered as {bet.method!r} calls itself {drafter.name!r}; rename one")
+    return Drafters([drafter])
+
+
+def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int, beside: int) -> int:
+    """Pages of the pool, the null page included: what was asked for, or what rows can use within a share of memory.
+
+    Drafters take `beside` bytes for every position.
+    """
+    page_bytes = (PagedKV.bytes_per_position(loaded.shapes, loaded.dtype) + beside) * config.page_size
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // page_bytes
     if loaded.device.type == "cuda":

@@ -65,7 +65,7 @@ class AttentionGroup:
 
 def _key_positions(row: PackedRow) -> np.ndarray:
     """[s]."""
-    return np.concatenate([np.arange(row.end), row.positions[row.count :]])
+    return np.concatenate([np.arange(row.end), row.end - 1 + np.asarray(row.tree.depths, dtype=np.int64)])
 
 
 def _visible(row: PackedRow) -> np.ndarray:
@@ -74,7 +74,7 @@ def _visible(row: PackedRow) -> np.ndarray:
     keys[row.end :] = row.span  # a position that nobody reaches
     visible = keys[None, :] <= row.positions[:, None]
     if row.tree:
-        visible[row.count :, row.end :] = ancestors(row.tree)
+        visible[row.count :, row.end :] = ancestors(row.tree)[row.first_node :]
     return visible
 
 

@@ -33,12 +33,20 @@ class PagedKV:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.page_size = page_size
+        self.num_pages, self.page_size = num_pages, page_size
+        self._dtype, self._device = dtype, device
         sizes = [(num_pages, page_size, s.heads, s.key_size + s.value_size) for s in layers]
         self.pools = [_zeros(size, dtype, device) for size in sizes]
         self.slots = [pool.flatten(0, 1) for pool in self.pools]  # the same memory, slot by slot
         self.keys = [slots[..., : s.key_size] for slots, s in zip(self.slots, layers, strict=True)]
         self.values = [slots[..., s.key_size :] for slots, s in zip(self.slots, layers, strict=True)]
+
+    def keep_beside(self, width: int) -> torch.Tensor:
+        """One more vector per slot, for whoever needs it: [slots, width], zeroed, moved and copied as keys are."""
+        pool = _zeros((self.num_pages, self.page_size, 1, width), self._dtype, self._device)
+        self.pools.append(pool)
+        self.slots.append(pool.flatten(0, 1))
+        return pool.view(-1, width)
 
     @staticmethod
     def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:

@@ -62,6 +62,7 @@ class LoadedModel:
     returns_tuple: bool
     device: torch.device
     dtype: torch.dtype
+    source: ModelSource
 
     @property
     def context(self) -> int:
@@ -126,6 +127,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         returns_tuple=returns_tuple[0],
         device=device,
         dtype=dtype,
+        source=source,
     )
     _refuse_if(_window_refusal(loaded))
     return loaded
@@ -197,7 +199,7 @@ class TargetModel:
         self.vocab_size = int(loaded.config.vocab_size)
         pack_products(loaded.model)
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
-        self._attention = PathAttention if self.by_paths else GatheredAttention
+        self.attention = PathAttention if self.by_paths else GatheredAttention
         self.products = ParallelProducts(loaded.model) if strict else None
         self._shapes, self._calls = loaded.shapes, loaded.calls
         self._about = loaded.config.to_json_string(use_diff=False)
@@ -223,7 +225,6 @@ class TargetModel:
         self,
         rows: Sequence[Row],
         drafts: Sequence[Draft | None],
-        page_copies: Sequence[tuple[int, int]] = (),
         taps: Sequence[int] = (),
     ) -> Scores:
         """Runs every row's known tokens and guesses in one pass and writes their KV.
@@ -231,22 +232,20 @@ class TargetModel:
         Args:
             rows: The step's rows.
             drafts: A tree of guesses, or None, per row.
-            page_copies: Pages to copy first (source, destination).
             taps: Layers after which hidden states are wanted.
 
         Returns:
             Logits of each sampling row's last known token and of every node, wanted prompt log-probabilities, and
             tapped hidden states of the whole packed step.
         """
-        self.kv.copy_pages(page_copies)
         batch = pack(rows, drafts, self.kv.page_size, self.device)
         with self.products or nullcontext():
             if self.strict:
                 hidden, tapped = self._run_tiles(rows, drafts, taps)
-                pieces = [*self._head(hidden.index_select(0, batch.reads))]
+                pieces = [*self.logits(hidden.index_select(0, batch.reads))]
                 logits = torch.cat(pieces) if pieces else hidden[:0]
             else:
-                with forward_batch(self._attention(self.kv, batch)):
+                with forward_batch(self.attention(self.kv, batch)):
                     out = self.segments(batch.tokens, batch.positions, taps=taps, reads=batch.reads)
                 hidden, tapped, logits = out.hidden, out.taps, out.logits
             return Scores(logits, batch.first_read, self._prompt_logprobs(rows, drafts, hidden), tapped)
@@ -263,8 +262,8 @@ class TargetModel:
         tapped = {tap: torch.cat([out.taps[tap] for out in outs])[:count] for tap in taps}
         return torch.cat([out.hidden for out in outs])[:count], tapped
 
-    def _head(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Norm and head over [N, hidden] in chunks; in strict mode all of one shape."""
+    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Norm and head over [N, hidden] after the last layer, in chunks; in strict mode all of one shape."""
         none = range(self.segments.num_layers, self.segments.num_layers)
         size = TILE if self.strict else HEAD_CHUNK
         for chunk in hidden.split(size) if len(hidden) else ():
@@ -286,7 +285,7 @@ class TargetModel:
             if wanted and count is not None:
                 lines = [start + position - row.start for position in wanted]
                 following = [row.tokens[position + 1] for position in wanted]
-                for logits in self._head(hidden[lines]):
+                for logits in self.logits(hidden[lines]):
                     scored += token_logprobs(logits, following[len(scored) : len(scored) + len(logits)], count)
             found.append(tuple(scored))
             start += row.count + (len(draft.tree) if draft else 0)

@@ -40,7 +40,7 @@ class Paths:
         return [self.slots, self.pages, self.row, self.known, self.ancestors]
 
     @classmethod
-    def of(cls, batch: ForwardBatch) -> Self:
+    def of(cls, batch: ForwardBatch, page_size: int) -> Self:
         rows = batch.rows
         pages = np.full((len(rows), max(len(row.pages) for row in rows)), NULL_PAGE, dtype=np.int64)
         for line, row in enumerate(rows):
@@ -49,7 +49,7 @@ class Paths:
         ancestors = np.full((count, max(row.tree.depth for row in rows)), -1, dtype=np.int64)
         start = 0
         for row in rows:
-            _fill_ancestors(ancestors[start + row.count :], row)
+            _fill_ancestors(ancestors[start + row.count :], row, page_size)
             start += len(row.tokens)
         return cls(
             batch.slots,
@@ -60,12 +60,16 @@ class Paths:
         )
 
 
-def _fill_ancestors(lines: np.ndarray, row: PackedRow) -> None:
-    """Writes a row's nodes' paths to the first of these lines."""
+def _fill_ancestors(lines: np.ndarray, row: PackedRow, page_size: int) -> None:
+    """Writes the paths of a row's nodes that run to the first of these lines."""
+    place = np.arange(row.end, row.span)
+    slots = row.pages[place // page_size] * page_size + place % page_size
+    paths = np.full((len(row.tree), lines.shape[1]), -1, dtype=np.int64)
     for node, (parent, depth) in enumerate(zip(row.tree.parents, row.tree.depths, strict=True)):
         if parent >= 0:
-            lines[node, : depth - 1] = lines[parent, : depth - 1]
-        lines[node, depth - 1] = row.slots[row.count + node]
+            paths[node, : depth - 1] = paths[parent, : depth - 1]
+        paths[node, depth - 1] = slots[node]
+    lines[: len(paths) - row.first_node] = paths[row.first_node :]
 
 
 class PathAttention:
@@ -77,7 +81,7 @@ class PathAttention:
     """
 
     def __init__(self, kv: PagedKV, batch: ForwardBatch) -> None:
-        self.kv, self.paths = kv, Paths.of(batch)
+        self.kv, self.paths = kv, Paths.of(batch, kv.page_size)
 
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

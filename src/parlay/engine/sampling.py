@@ -275,16 +275,29 @@ def gumbel_noise(seeds: Sequence[tuple[int, int, int]], vocab: int, device: torc
         device: Where the noise is wanted.
 
     Returns:
-        [A, vocab] float32. Drawn as -log(-log1p(-u)), which keeps the upper tail, the one that wins, accurate.
+        [A, vocab] float32.
     """
+    blocks = torch.arange(-(-vocab // 4), device=device)[None, :]
+    return _gumbel(torch.stack(_words(seeds, blocks), dim=-1).view(len(seeds), -1)[:, :vocab])
+
+
+def gumbel_at(seeds: Sequence[tuple[int, int, int]], tokens: torch.Tensor) -> torch.Tensor:
+    """The same noise for some tokens of each line only. tokens: [A, K] -> [A, K]."""
+    drawn = torch.stack(_words(seeds, tokens // 4), dim=-1)
+    return _gumbel(drawn.gather(2, (tokens % 4)[..., None])[..., 0])
+
+
+def _words(seeds: Sequence[tuple[int, int, int]], blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Four random words for every block of four tokens. blocks: [A or 1, N] -> each [A, N]."""
     words = torch.tensor(
         [[seed & _LOW, (seed >> 32) & _LOW, choice, position] for seed, choice, position in seeds],
-        device=device,
+        device=blocks.device,
     ).T[:, :, None]
-    blocks = torch.arange(-(-vocab // 4), device=device)[None, :]
-    zero = torch.zeros_like(blocks)
-    drawn = philox((blocks, words[3], words[2], zero), (words[0], words[1]))
-    bits = torch.stack(drawn, dim=-1).view(len(seeds), -1)[:, :vocab]
+    return philox((blocks, words[3], words[2], torch.zeros_like(blocks)), (words[0], words[1]))
+
+
+def _gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """Drawn as -log(-log1p(-u)), which keeps the upper tail, the one that wins, accurate. bits: [A, N] of 32."""
     uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # 1 would make the noise infinite
     # Line by line, as in `_top_p`.
     return torch.stack([-torch.log(-torch.log1p(-line)) for line in uniform])

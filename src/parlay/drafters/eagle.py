@@ -1,0 +1,104 @@
+"""EAGLE: a one-layer head that goes on from the target's hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from parlay.drafters.eagle_files import load_head, shipped_head
+from parlay.drafters.eagle_head import EagleHead, rotary
+from parlay.drafters.levels import LevelDrafter
+from parlay.engine.attention import forward_batch
+from parlay.engine.batch import ForwardBatch, PackedRow
+from parlay.engine.kv import KVShape, PagedKV
+from parlay.engine.model import LoadedModel, TargetModel
+from parlay.engine.products import pack_products
+from parlay.types import Row, RowResult, Tree
+
+
+class Eagle(LevelDrafter):
+    """Runs a head over the target's features, which it keeps by slot beside the target's KV.
+
+    Features come from every verification, whoever guessed, so that nothing is missing after a prefix hit, a preemption
+    or a spell of being off; the head's own KV is then caught up from them.
+
+    Args:
+        head: The weights.
+        tree: The largest tree.
+        target: Whose hidden states and embedding it uses.
+        seed: Of sampled guesses.
+    """
+
+    name = "eagle"
+
+    def __init__(self, head: EagleHead, tree: Tree, target: LoadedModel, seed: int = 0) -> None:
+        super().__init__(tree, target.device, seed)
+        self.head = head.to(target.device, target.dtype).eval()
+        pack_products(self.head)
+        self.taps = head.shape.taps
+        self.ids = head.ids
+        self._embed = target.model.get_input_embeddings()
+        self._dtype = target.dtype
+        self._shape = KVShape(head.shape.kv_heads, head.shape.head_size, head.shape.head_size)
+        kept = PagedKV.bytes_per_position([self._shape], target.dtype)
+        self.bytes_per_position = kept + head.shape.hidden * target.dtype.itemsize  # its KV and a feature
+        self._cos, self._sin = rotary(torch.arange(target.context, device=target.device), head.shape, target.dtype)
+        self._outputs = torch.zeros(0)  # [N, hidden] of the last pass, where it was read
+
+    @classmethod
+    def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
+        """See `Drafter`. The built-in model has a head that comes with Parlay."""
+        source = source or shipped_head(target)
+        return cls(load_head(source, target), tree, target)
+
+    def attach(self, target: TargetModel) -> None:
+        """See `Drafter`."""
+        super().attach(target)
+        self._attention = target.attention
+        self._features = target.kv.keep_beside(self.head.shape.hidden)
+        self._kv = PagedKV([self._shape], target.kv.num_pages, self.page_size, self._dtype, self.device)
+
+    def may_guess(self, row: Row) -> bool:
+        """The feature before the last known token must be there."""
+        return row.start >= row.length - 1
+
+    def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
+        """See `LevelDrafter`."""
+        if parents is None:
+            slots = np.concatenate([self._slots_before(row) for row in batch.rows])
+            before = self._features[torch.from_numpy(slots).to(self.device)]
+        else:
+            before = self._outputs[torch.tensor(parents, device=self.device)]
+        embedded = self._embed(batch.tokens)
+        with forward_batch(self._attention(self._kv, batch)):
+            hidden = self.head.midlayer(
+                before[None], embedded[None], self._cos[batch.positions], self._sin[batch.positions]
+            )
+        self._outputs = hidden[0].index_select(0, batch.reads)
+        return self.head.logits(self._outputs)
+
+    def _slots_before(self, row: PackedRow) -> np.ndarray:
+        """[q] the slot of the position before each; before the first there is the null page, which holds zeros."""
+        place = row.positions - 1
+        slots = row.pages[np.maximum(place, 0) // self.page_size] * self.page_size + place % self.page_size
+        return np.where(place < 0, 0, slots)
+
+    @torch.inference_mode()
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+        """Keeps the features of known tokens and of accepted guesses, where their KV is by now."""
+        super().commit(rows, results, taps)
+        lines: list[int] = []
+        slots: list[int] = []
+        size, at = self.page_size, 0
+        for row, got in zip(rows, results, strict=True):
+            end = row.start + row.count
+            lines += [*range(at, at + row.count), *(at + row.count + node for node in got.accepted)]
+            places = range(row.start, end + len(got.accepted))
+            slots += [row.pages[place // size] * size + place % size for place in places]
+            at += row.count + len(got.tree)
+        chosen = torch.tensor(lines, device=self.device)
+        states = torch.cat([taps[layer].index_select(0, chosen) for layer in self.taps], dim=-1)
+        self._features.index_copy_(0, torch.tensor(slots, device=self.device), self.head.fuse(states))

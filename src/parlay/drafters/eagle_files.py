@@ -1,0 +1,204 @@
+"""EAGLE-3 checkpoints: published ones, and our own, which have the same form and may be in int8.
+
+A folder holds `config.json` and safetensors. Ids of layers follow two customs: those in `eagle_config` count from 0 and
+name the layer whose output is taken; those at the top level (as vLLM counts) say after how many layers.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.engine.checkpoint import CheckpointError, fetch_folder
+from parlay.engine.model import LoadedModel
+
+CONFIG, WEIGHTS, SCALE = "config.json", "model.safetensors", "_scale"
+
+
+def load_head(source: str, target: LoadedModel) -> EagleHead:
+    """Reads a head.
+
+    Args:
+        source: A local folder or a Hugging Face id.
+        target: Whom it should guess for.
+
+    Raises:
+        CheckpointError: when the files cannot be had or read.
+        ValueError: when the head was made for another model.
+    """
+    folder = fetch_folder(source)
+    tensors = read_tensors(folder)
+    shape = _shape(_read_json(folder / CONFIG), tensors, target, source)
+    ids = _ids(tensors, shape.vocab)
+    if int(ids.min()) < 0 or int(ids.max()) >= target.config.vocab_size:
+        raise ValueError(f"drafter {source}: guesses tokens that the model does not have; take a head of this model")
+    head = EagleHead(shape)
+    weights = {name.replace("layers.0.", "midlayer."): tensor.float() for name, tensor in tensors.items()}
+    for name in ("d2t", "t2d", "embed_tokens.weight", "ids"):  # the target's own embedding is used
+        weights.pop(name, None)
+    load_weights(head, weights | {"ids": ids}, source)
+    return head
+
+
+def shipped_head(target: LoadedModel) -> str:
+    """The folder of the head that comes with Parlay.
+
+    Raises:
+        ValueError: when there is none for this target.
+    """
+    folder = Path(__file__).with_name("heads") / str(target.source.built_in)
+    if not folder.is_dir():
+        raise ValueError(
+            "drafter eagle: there is no head for this model; name one with --drafter eagle=FOLDER_OR_ID, or make one "
+            "with parlay train"
+        )
+    return str(folder)
+
+
+def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
+    """Writes a head; in int8 every output of a product has a scale of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = head.shape
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "target_hidden_size": shape.target_hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size,
+        "num_hidden_layers": 1,
+        "draft_vocab_size": shape.vocab,
+        "rope_theta": shape.rope_theta,
+        "rms_norm_eps": shape.norm_eps,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in shape.taps]},
+    }
+    tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items() if name != "ids"}
+    tensors["d2t"] = head.ids.cpu() - torch.arange(shape.vocab)  # as published heads have it: what to add to an index
+    write_tensors(folder, tensors, int8)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], int8: bool) -> None:
+    """Matrices in int8 with a scale per line, or in float16; what is no matrix of numbers stays as it is."""
+    written: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and int8:
+            scale = tensor.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            written[name] = (tensor / scale).round().to(torch.int8).contiguous()
+            written[name + SCALE] = scale.to(torch.float32)
+        else:
+            written[name] = (tensor.to(torch.float16) if tensor.is_floating_point() else tensor).contiguous()
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(written, partial)
+    partial.rename(folder / WEIGHTS)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors, those in int8 unpacked to what bfloat16 can hold.
+
+    Raises:
+        CheckpointError: when there are none, or they cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        how = "holds only pickled weights, which can run code when opened: convert them to safetensors"
+        raise CheckpointError(f"{folder} {how if pickled else 'holds no .safetensors weights: check the path'}")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from error
+    for name in [name for name in tensors if name.endswith(SCALE)]:
+        scale, whole = tensors.pop(name), name.removesuffix(SCALE)
+        tensors[whole] = (tensors[whole].float() * scale).to(torch.bfloat16)
+    return tensors
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Fills a module, all of it and with nothing left over.
+
+    Raises:
+        CheckpointError: naming what is missing, unknown or of another size.
+    """
+    expected = module.state_dict()
+    for what, names in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("has the unknown", weights.keys() - expected.keys()),
+        ("has other sizes in", {n for n in expected if n in weights and weights[n].shape != expected[n].shape}),
+    ):
+        if names:
+            some = textwrap.shorten(", ".join(sorted(names)), 120)
+            raise CheckpointError(f"{source} {what} {some}: it is no head of this kind, or not whole")
+    module.load_state_dict(dict(weights))
+
+
+def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: LoadedModel, source: str) -> HeadShape:
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        shape = HeadShape(
+            hidden=hidden,
+            target_hidden=int(config.get("target_hidden_size") or hidden),
+            intermediate=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_size=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config.get("draft_vocab_size") or config["vocab_size"]),
+            taps=_taps(config, len(target.shapes)),
+            rope_theta=float(config.get("rope_theta") or 10000.0),
+            norm_eps=float(config.get("rms_norm_eps") or 1e-5),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {CONFIG} lacks or garbles {error}; it describes no EAGLE-3 head") from error
+    if config.get("norm_before_residual"):
+        raise ValueError(f"drafter {source}: norm_before_residual is not supported; take another head")
+    found = int(target.model.get_input_embeddings().weight.shape[1])
+    if not found == shape.target_hidden == shape.hidden:
+        made = shape.target_hidden if shape.target_hidden != found else shape.hidden
+        raise ValueError(
+            f"drafter {source}: was made for hidden states of {made} numbers, and this model has {found}; take a head "
+            "of this model, or train one with parlay train"
+        )
+    if "t2d" in tensors and len(tensors["t2d"]) != target.config.vocab_size:
+        raise ValueError(
+            f"drafter {source}: was made for a vocabulary of {len(tensors['t2d'])} tokens, and this model has "
+            f"{target.config.vocab_size}; take a head of this model"
+        )
+    if not all(0 <= tap <= len(target.shapes) for tap in shape.taps):
+        raise ValueError(f"drafter {source}: reads layers {shape.taps}, and this model has {len(target.shapes)}")
+    return shape
+
+
+def _taps(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if nested:
+        return tuple(int(layer) + 1 for layer in nested)
+    return tuple(map(int, config.get("eagle_aux_hidden_state_layer_ids") or default_taps(layers)))
+
+
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high layer, as published heads have them."""
+    return min(2, layers), layers // 2, max(0, layers - 3)
+
+
+def _ids(tensors: Mapping[str, torch.Tensor], vocab: int) -> torch.Tensor:
+    offsets = tensors.get("d2t", torch.zeros(vocab, dtype=torch.long)).long()
+    return torch.arange(len(offsets)) + offsets
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it should describe the head") from error

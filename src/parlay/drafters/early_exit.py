@@ -1,0 +1,64 @@
+"""Early exit: the target's own first layers guess, with its own weights, KV and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+
+from parlay.drafters.levels import LevelDrafter
+from parlay.engine.attention import forward_batch
+from parlay.engine.batch import ForwardBatch
+from parlay.engine.model import LoadedModel, TargetModel
+from parlay.types import Row, Tree
+
+
+class EarlyExit(LevelDrafter):
+    """Runs the first layers of the target and its head; what it writes to the target's KV, verification writes again.
+
+    Args:
+        tree: The largest tree.
+        target: The target.
+        exit: Layers to run; None takes a quarter.
+        seed: Of sampled guesses.
+    """
+
+    name = "self"
+    owns_kv = False
+
+    def __init__(self, tree: Tree, target: LoadedModel, exit: int | None = None, seed: int = 0) -> None:
+        super().__init__(tree, target.device, seed)
+        self.layers = range(exit or max(1, len(target.shapes) // 4))
+
+    @classmethod
+    def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
+        """See `Drafter`. What a user writes as the source is the number of layers."""
+        count = len(target.shapes)
+        if source is not None and not (source.isdecimal() and 0 < int(source) < count):
+            raise ValueError(f"drafter self: write the number of layers to run, from 1 to {count - 1}, not {source!r}")
+        return cls(tree, target, int(source) if source else None)
+
+    def attach(self, target: TargetModel) -> None:
+        """See `Drafter`."""
+        super().attach(target)
+        self._model = target
+
+    def read_from(self, row: Row) -> int:
+        """What the target has read is there."""
+        return row.start
+
+    def note_read(self, row: Row, end: int, guesses: int = 0) -> None:
+        """Nothing to note: what it writes is the target's to keep."""
+        del row, end, guesses
+
+    def may_guess(self, row: Row) -> bool:
+        """Not beside a prompt: what this step reads would be read twice."""
+        return row.start >= row.length - 1
+
+    def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
+        """See `LevelDrafter`."""
+        del parents
+        model = self._model
+        with forward_batch(model.attention(model.kv, batch)):
+            return model.segments(batch.tokens, batch.positions, layers=self.layers, reads=batch.reads).logits

@@ -1,0 +1,134 @@
+"""A drafter that runs a model of its own, one pass per level of a tree, with its state in the target's pages."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from parlay.drafters.base import Drafter
+from parlay.drafters.coverage import Coverage
+from parlay.drafters.growing import Growth, draw_children
+from parlay.engine.batch import Draft, ForwardBatch, PackedRow, join, pack_row
+from parlay.engine.model import TargetModel
+from parlay.types import Bet, Offer, Row, RowResult, Tree
+
+CATCH_UP = 512  # known tokens that are read in one step
+
+
+class LevelDrafter(Drafter):
+    """Draws trees level by level.
+
+    A row's first pass reads the known tokens that the drafter has not seen; its output guesses the first level. Every
+    further pass runs the nodes that get children. After a spell of being off a row may have much to read: then it is
+    read in parts, and the row gets no guesses until that is done.
+
+    Args:
+        tree: The largest tree.
+        device: Where it computes.
+        seed: Of its own randomness.
+    """
+
+    owns_kv = True
+    ids: torch.Tensor | None = None  # [V] the target's tokens of its logits; None where they are all of them
+
+    def __init__(self, tree: Tree, device: torch.device, seed: int = 0) -> None:
+        self.tree, self.device = tree, device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def attach(self, target: TargetModel) -> None:
+        """See `Drafter`."""
+        self.page_size = target.kv.page_size
+        self.coverage = Coverage(self.page_size)
+
+    @abstractmethod
+    def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
+        """One pass.
+
+        Args:
+            batch: Known tokens in the first pass, nodes in the others.
+            parents: In the passes after the first, per packed node the line of its parent among the logits of the pass
+                before.
+
+        Returns:
+            [N, V] logits of what is read.
+        """
+
+    def may_guess(self, row: Row) -> bool:
+        """Whether it can go on from the row's last known token in this step."""
+        del row
+        return True
+
+    def read_from(self, row: Row) -> int:
+        """The first known token that it still has to read."""
+        return min(self.coverage.of(row), row.length - 1)
+
+    def note_read(self, row: Row, end: int, guesses: int = 0) -> None:
+        """It has read tokens up to `end`, and written so many guesses behind all known ones."""
+        self.coverage.wrote(row, end, guesses)
+
+    def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
+        """See `Drafter`."""
+        offers: list[Offer | None] = []
+        for row in rows:
+            tree = self.tree.trim(len(self.tree), row.max_depth) if self.may_guess(row) else None
+            unread = row.length - 1 - self.read_from(row) if tree else 0
+            offers.append(Offer(self.name, tree, catch_up=unread) if tree else None)
+        return offers
+
+    @torch.inference_mode()
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+        """See `Drafter`."""
+        growths, logits = self._read(rows, bets)
+        growing = list(growths.values())
+        while growing:
+            lines = [(growth, node) for growth in growing for node in growth.frontier]
+            draw_children(growing, logits, self.ids, self._generator)
+            line_of = {(growth.row.seq, node): line for line, (growth, node) in enumerate(lines)}
+            growing = [growth for growth in growing if growth.frontier]
+            if growing:
+                parents = [line_of[g.row.seq, g.parents[node]] for g in growing for node in g.frontier]
+                packed = [growth.packed(self.page_size) for growth in growing]
+                batch = join(packed, [True] * len(packed), self.device)
+                logits = self.forward(batch, parents)
+        for growth in growths.values():
+            self.note_read(growth.row, growth.row.length, len(growth.ran))
+        found = {seq: growth.draft(self.name, self.ids) for seq, growth in growths.items()}
+        return [found.get(row.seq) for row in rows]
+
+    def _read(self, rows: Sequence[Row], bets: Sequence[Bet]) -> tuple[dict[int, Growth], torch.Tensor]:
+        """Reads known tokens, where there are few first.
+
+        Returns:
+            By number the rows that are through, and the logits [N, V] behind their last known tokens, in their order.
+        """
+        budget = CATCH_UP
+        packed: dict[int, tuple[Row, PackedRow]] = {}
+        willing = [row for row in rows if self.may_guess(row)]
+        for row in sorted(willing, key=lambda row: row.length - self.read_from(row)):
+            first = self.read_from(row)
+            end = min(row.length, first + budget)
+            if end > first:
+                packed[row.seq] = row, pack_row(row.tokens[first:end], end, row.pages, self.page_size)
+                budget -= end - first
+        if not packed:
+            return {}, torch.zeros(0)
+        reading = [packed[row.seq] for row in rows if row.seq in packed]
+        through = [line.end == row.length for row, line in reading]
+        batch = join([line for _, line in reading], through, self.device)
+        logits = self.forward(batch, None)
+        for row, line in reading:
+            self.note_read(row, line.end)
+        done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
+        growths = {row.seq: Growth(row, bet.tree) for row, bet in zip(rows, bets, strict=True) if row.seq in done}
+        return growths, logits
+
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+        """See `Drafter`. What was accepted is read again beside the next token, in the same pass."""
+        del results, taps
+        self.coverage.end_step(rows)
+
+    def forget(self, seq: int) -> None:
+        """See `Drafter`."""
+        self.coverage.forget(seq)

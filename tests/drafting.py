@@ -1,0 +1,50 @@
+"""Tiny drafters with weights, for the tiny random models, and engines that use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parlay.config import EngineConfig
+from parlay.drafters.eagle_files import save_head
+from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.engine.engine import Engine
+from parlay.policy.trees import kary
+from parlay.types import Bet, Tree
+from tests.architectures import make_model
+from tests.tiny import VOCAB_SIZE
+
+HIDDEN = 32
+
+
+def tiny_head(seed: int = 0, vocab: int = 100, hidden: int = HIDDEN, taps: tuple[int, ...] = (0, 1, 2)) -> EagleHead:
+    """A random head for the tiny models, which guesses every second token or so."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = EagleHead(HeadShape(hidden, hidden, 48, 4, 2, 8, vocab, taps))
+        for weight in head.parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=0.3)
+        head.ids = torch.randperm(VOCAB_SIZE)[:vocab].sort().values
+    return head
+
+
+def sources(folder: Path) -> dict[str, str]:
+    """Every drafter with weights or layers of the target, and where they are; the draft model is the target itself."""
+    head = folder / "head"
+    if not head.is_dir():
+        save_head(tiny_head(), head, int8=False)
+    other = folder / "other"
+    if not other.is_dir():
+        make_model(other, "llama")
+    return {"eagle": str(head), "draft_model": str(other), "self": "1"}
+
+
+def engine_with(folder: Path, method: str, tree: Tree | None = None, **options: Any) -> Engine:
+    """An engine that bets on one of them."""
+    source = sources(folder)[method]
+    settings: dict[str, Any] = {"dtype": "float64", "seed": 0, "self_check": False} | options
+    bet = Bet(method, tree or kary(2, 3))
+    return Engine(EngineConfig(str(folder), speculation=bet, drafters={method: source}, **settings))
