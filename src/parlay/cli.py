@@ -19,6 +19,7 @@ from parlay.bench.commands import bench, demo, profile
 from parlay.bench.policy_commands import plan, simulate
 from parlay.config import Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
+from parlay.train.commands import train
 from parlay.types import RequestOutput, SamplingParams
 
 BAD_INPUT = 2
@@ -175,7 +176,7 @@ def pull(
     typer.echo(json.dumps({"path": folder}) if as_json else folder)
 
 
-for command in (plan, simulate, demo, bench, profile):
+for command in (plan, simulate, train, demo, bench, profile):
     app.command()(command)
 
 

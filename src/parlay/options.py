@@ -56,6 +56,14 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_drafter(text: str) -> tuple[str, str]:
+    """Reads `METHOD=SOURCE`."""
+    method, given, source = text.partition("=")
+    if not (method and given and source):
+        raise typer.BadParameter(f"--drafter {text!r}: write METHOD=SOURCE, as eagle=FOLDER_OR_ID")
+    return method, source
+
+
 def _option(help: str, *names: str, panel: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
@@ -103,6 +111,14 @@ def engine_config(
             metavar="BET",
         ),
     ] = "auto",
+    drafter: Annotated[
+        list[str] | None,
+        _speculation(
+            "Where a method's weights are, as eagle=FOLDER_OR_ID or draft_model=FOLDER_OR_ID; or self=LAYERS. May be "
+            "repeated.",
+            metavar="METHOD=SOURCE",
+        ),
+    ] = None,
     parity: Annotated[
         Parity,
         _speculation("strict makes greedy and seeded output equal to plain decoding to the last bit, at a price."),
@@ -129,6 +145,7 @@ def engine_config(
         page_size=page_size,
         prefix_caching=prefix_caching,
         speculation=parse_bet(speculation),
+        drafters=dict(map(parse_drafter, drafter or ())),
         parity=parity,
         seed=seed,
         self_check=self_check,

@@ -51,7 +51,7 @@ def compiled(llama: Path) -> Path:
     assert programs(engine) == [None, None]
     answers = answer(engine)
     deadline = time.monotonic() + 300
-    while engine._compiled is not None:
+    while engine._compiling:
         assert time.monotonic() < deadline
         assert answer(engine) == answers
     assert all(isinstance(program, LayerProgram) for program in programs(engine))
@@ -135,9 +135,9 @@ def test_the_check_notices_a_layer_that_adds_nothing_to_large_states() -> None:
     before = torch.randn(3, 64).to(torch.bfloat16)
     before[:, 5] = 3000
     after = before + torch.randn(3, 64).to(torch.bfloat16)
-    self_check._require_close("the output", 0, after, after, before)
+    self_check.require_close("the output", 0, after, after, before)
     with pytest.raises(UnsupportedModel, match="compiled, differs"):
-        self_check._require_close("the output", 0, before, after, before)
+        self_check.require_close("the output", 0, before, after, before)
 
 
 def test_programs_that_fail_harm_nobody(

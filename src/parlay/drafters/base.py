@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from parlay.engine.batch import Draft
+from parlay.engine.compiling import Compilable
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.policy.trees import overlap, subtree
 from parlay.types import Bet, Offer, Row, RowResult, StepPlan, Tree
@@ -51,6 +52,10 @@ class Drafter(ABC):
 
     def attach(self, target: TargetModel) -> None:  # noqa: B027  (most keep nothing)
         """Called once, when the target's pages exist: makes room for what it keeps by position."""
+
+    def compilables(self) -> Sequence[Compilable]:
+        """Layers of its own that run faster compiled."""
+        return ()
 
     @abstractmethod
     def offer(self, rows: Sequence[Row]) -> Sequence[Offer | None]:
@@ -133,6 +138,9 @@ class Drafters:
     def attach(self, target: TargetModel) -> None:
         for drafter in self.by_name.values():
             drafter.attach(target)
+
+    def compilables(self) -> list[Compilable]:
+        return [layers for drafter in self.by_name.values() for layers in drafter.compilables()]
 
     def offer(self, rows: Sequence[Row]) -> list[list[Offer]]:
         """Per row, every drafter's offer; rows that may not guess get none."""

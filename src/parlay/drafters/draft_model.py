@@ -12,6 +12,7 @@ from parlay.drafters.levels import LevelDrafter
 from parlay.engine.attention import forward_batch
 from parlay.engine.batch import ForwardBatch
 from parlay.engine.checkpoint import resolve
+from parlay.engine.compiling import Compilable, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.types import Tree
@@ -50,6 +51,10 @@ class DraftModel(LevelDrafter):
         # Vocabularies of a family are padded to different sizes.
         self._vocab = min(self._model.vocab_size, target.vocab_size)
         self.ids = None if self._vocab == target.vocab_size else torch.arange(self._vocab, device=self.device)
+
+    def compilables(self) -> list[Compilable]:
+        """See `Drafter`."""
+        return [whole_model(self._model, "the draft model")]
 
     def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
         """See `LevelDrafter`."""

@@ -11,10 +11,14 @@ import torch
 from parlay.drafters.eagle_files import load_head, shipped_head
 from parlay.drafters.eagle_head import EagleHead, rotary
 from parlay.drafters.levels import LevelDrafter
+from parlay.engine import self_check
 from parlay.engine.attention import forward_batch
-from parlay.engine.batch import ForwardBatch, PackedRow
+from parlay.engine.batch import ForwardBatch, PackedRow, join, pack_row
+from parlay.engine.compiled import EXAMPLE, CompiledLayers, Example, LayerProgram, Noted
+from parlay.engine.compiling import Compilable
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.model import LoadedModel, TargetModel
+from parlay.engine.path_attention import PathAttention
 from parlay.engine.products import pack_products
 from parlay.types import Row, RowResult, Tree
 
@@ -46,6 +50,7 @@ class Eagle(LevelDrafter):
         kept = PagedKV.bytes_per_position([self._shape], target.dtype)
         self.bytes_per_position = kept + head.shape.hidden * target.dtype.itemsize  # its KV and a feature
         self._cos, self._sin = rotary(torch.arange(target.context, device=target.device), head.shape, target.dtype)
+        self._program: LayerProgram | None = None
         self._outputs = torch.zeros(0)  # [N, hidden] of the last pass, where it was read
 
     @classmethod
@@ -61,6 +66,49 @@ class Eagle(LevelDrafter):
         self._features = target.kv.keep_beside(self.head.shape.hidden)
         self._kv = PagedKV([self._shape], target.kv.num_pages, self.page_size, self._dtype, self.device)
 
+    def compilables(self) -> list[Compilable]:
+        """See `Drafter`."""
+        return [Compilable("the EAGLE head", self._compiled_layers, self._adopt)]
+
+    @torch.inference_mode()
+    def _compiled_layers(self) -> CompiledLayers:
+        kv, rows = self._example()
+        batch = join(rows, [True] * len(rows), self.device)
+        hidden, noted = self._inputs(batch, self._embed(batch.tokens))
+        example = Example(hidden, [noted], PathAttention(kv, batch))
+        return CompiledLayers([self.head.midlayer], [self.head.midlayer.self_attn.call], example, repr(self.head.shape))
+
+    @torch.inference_mode()
+    def _adopt(self, programs: Sequence[LayerProgram]) -> None:
+        """Takes the compiled layer, if it computes what the layer computes on steps of several sizes."""
+        kv, rows = self._example()
+        for some in (rows, rows[:1], [pack_row((1,), 1, rows[0].pages.tolist(), self.page_size)]):
+            batch = join(some, [True] * len(some), self.device)
+            hidden, noted = self._inputs(batch, self._embed(batch.tokens))
+            with forward_batch(PathAttention(kv, batch)):
+                expected = self.head.midlayer(hidden, *noted[0])
+                kept = kv.slots[0][batch.slots]
+                out = programs[0](hidden, noted)
+                written = kv.slots[0][batch.slots]
+            assert out is not None
+            self_check.require_close("the output", 0, out[0], expected[0], hidden[0])
+            self_check.require_close("the KV", 0, written, kept, torch.zeros_like(kept))
+        self._program = programs[0]
+
+    def _example(self) -> tuple[PagedKV, list[PackedRow]]:
+        """A step of `EXAMPLE` tokens, and pages for it."""
+        size, tree = self.page_size, Tree((-1, -1, 0, 0, 1, 2))
+        kv = PagedKV([self._shape], 10, size, self._dtype, self.device)
+        counts = (EXAMPLE - len(tree) - 8, 8)
+        pages = [[first + index // size % 4 for index in range(0, size + 1 + EXAMPLE, size)] for first in (1, 5)]
+        known = [pack_row((1,) * counts[0], size + 1 + counts[0], pages[0], size, tree, (2,) * len(tree))]
+        return kv, [*known, pack_row((3,) * counts[1], size + 1 + counts[1], pages[1], size)]
+
+    def _inputs(self, batch: ForwardBatch, before: torch.Tensor) -> tuple[torch.Tensor, Noted]:
+        """The layer's hidden state and its other arguments. before: [T, hidden]."""
+        embedded = self._embed(batch.tokens)[None]
+        return before[None], ((embedded, self._cos[batch.positions], self._sin[batch.positions]), {})
+
     def may_guess(self, row: Row) -> bool:
         """The feature before the last known token must be there."""
         return row.start >= row.length - 1
@@ -72,11 +120,10 @@ class Eagle(LevelDrafter):
             before = self._features[torch.from_numpy(slots).to(self.device)]
         else:
             before = self._outputs[torch.tensor(parents, device=self.device)]
-        embedded = self._embed(batch.tokens)
+        hidden, noted = self._inputs(batch, before)
         with forward_batch(self._attention(self._kv, batch)):
-            hidden = self.head.midlayer(
-                before[None], embedded[None], self._cos[batch.positions], self._sin[batch.positions]
-            )
+            out = self._program(hidden, noted) if self._program else None
+            hidden = self.head.midlayer(hidden, *noted[0]) if out is None else out
         self._outputs = hidden[0].index_select(0, batch.reads)
         return self.head.logits(self._outputs)
 

@@ -15,10 +15,9 @@ from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.engine import self_check
 from parlay.engine.accept import Acceptor
-from parlay.engine.attention import UnsupportedModel
 from parlay.engine.blocks import Blocks
 from parlay.engine.checkpoint import resolve
-from parlay.engine.compiled import CompiledLayers
+from parlay.engine.compiling import Compiling, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.engine.output import OutputStream
@@ -59,7 +58,8 @@ class Engine:
         if strict:
             self_check.check_strict(self.model)
         self.drafters.attach(self.model)
-        self._compiled = self._find_compiled()
+        parts = [whole_model(self.model), *self.drafters.compilables()]
+        self._compiling = [Compiling(part, config.compile) for part in parts if not strict and self.model.by_paths]
         self._adopt_compiled()
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
         bet = config.speculation
@@ -173,40 +173,10 @@ class Engine:
         self._streams.pop(seq, None)
         self.drafters.forget(seq)
 
-    # ---- compiled layers ------------------------------------------------------------------------------------
-
-    def _find_compiled(self) -> CompiledLayers | None:
-        """Compiled layers that are there or will be, where the configuration and the model allow any."""
-        mode = self.config.compile
-        if mode == "off" or self.config.parity == "strict" or not self.model.by_paths:
-            return None
-        try:
-            found = self.model.compiled_layers()
-            if found.missing and mode == "cached":
-                return None
-            if found.missing:
-                how = "waiting" if mode == "wait" else "serving without them until then"
-                logger.info("compiling the model's layers, once for this machine (about a minute); %s", how)
-                found.start()
-        except Exception as error:  # the exporter raises whatever the model's code makes it stumble over
-            logger.warning("the layers cannot be compiled, so they run as they are: %s", _first_line(error))
-            return None
-        if mode == "wait":
-            found.wait()
-        return found
-
     def _adopt_compiled(self) -> None:
-        """Takes the compiled layers once they are there, if they compute what the model computes."""
-        if self._compiled is None or not self._compiled.is_done:
-            return
-        found, self._compiled = self._compiled, None
-        try:
-            programs = found.programs()
-            self_check.check_compiled(self.model, programs)
-            self.model.segments.use(programs)
-            logger.info("the compiled layers are in use")
-        except (UnsupportedModel, RuntimeError) as error:  # the latter from the compiler or a program itself
-            logger.warning("the layers run as they are: %s", _first_line(error))
+        """Takes compiled layers once they are there."""
+        if self._compiling:
+            self._compiling = [one for one in self._compiling if not one.is_over()]
 
     def check_integrity(self) -> None:
         """Checks pages, sequences and outputs against each other.
@@ -226,11 +196,6 @@ def _cut(result: RowResult, count: int) -> RowResult:
         accepted=result.accepted[:count],
         logprobs=result.logprobs[:count],
     )
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says in short; its name where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Laps:

@@ -134,12 +134,12 @@ def check_compiled(model: TargetModel, programs: Sequence[LayerProgram]) -> None
             states = model.verify(rows, drafts, taps=range(1, len(programs) + 1)).taps
             slots = pack(rows, drafts, model.kv.page_size, model.device).slots
             for layer, compiled in enumerate(beside):
-                _require_close("the output", layer, compiled.out, states[layer + 1], compiled.hidden)
+                require_close("the output", layer, compiled.out, states[layer + 1], compiled.hidden)
                 written = model.kv.slots[layer][slots]
-                _require_close("the KV", layer, compiled.written, written, torch.zeros_like(written))
+                require_close("the KV", layer, compiled.written, written, torch.zeros_like(written))
 
 
-def _require_close(what: str, layer: int, found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> None:
+def require_close(what: str, layer: int, found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> None:
     """Compares two results for the same tokens.
 
     A number may be off by its own storage's rounding, since a layer adds little to what may be much, and beyond that

@@ -1,0 +1,178 @@
+"""Recorded conversations on disk, in files of bounded size, so that training can be broken off and gone on with."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from parlay.engine.engine import Engine
+from parlay.train.recording import TOP, Recorded, load, record, save
+
+ROUND = 128  # conversations per file
+HELD_OUT = 48  # conversations that are never trained on
+ABOUT = "about.json"
+LONGEST = 512  # tokens of a text that are trained on at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a dataset consists of; one that was made otherwise is not gone on with.
+
+    Attributes:
+        model: The target, as the user wrote it.
+        taps: Layers whose hidden states are kept.
+        seed: Decides everything that is random.
+        prompts: SHA-256 of the prompts that were given; empty where the target made them up.
+    """
+
+    model: str
+    taps: tuple[int, ...]
+    seed: int
+    prompts: str
+
+
+class Dataset:
+    """A folder of recorded conversations.
+
+    Args:
+        folder: Where they are or will be.
+        recipe: What they consist of.
+
+    Raises:
+        ValueError: when the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        folder.mkdir(parents=True, exist_ok=True)
+        about = folder / ABOUT
+        wanted = json.loads(json.dumps(asdict(recipe)))
+        if not about.exists():
+            about.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        elif (found := json.loads(about.read_text(encoding="utf-8"))) != wanted:
+            raise ValueError(f"data: {folder} was recorded from {found}, not from {wanted}; name another folder")
+
+    @property
+    def held_out(self) -> Path:
+        return self.folder / "held-out.safetensors"
+
+    @property
+    def files(self) -> list[Path]:
+        """Those to train on."""
+        return sorted(self.folder.glob("round-*.safetensors"))
+
+    def fill(
+        self,
+        engine: Engine,
+        questions: Sequence[str],
+        tokens: int,
+        disk: int,
+        deadline: float,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Records until there is enough, the disk budget is used up or time is over; at least one file.
+
+        Args:
+            engine: Runs the target; see `record`.
+            questions: Users' turns to draw from; none to have the target make them up.
+            tokens: How many to have.
+            disk: Bytes to stay below.
+            deadline: On the clock of `time.monotonic`.
+            advance: Called with the number of tokens that came to be there.
+        """
+        if not self.held_out.exists():
+            save(self.held_out, self._record(engine, questions, HELD_OUT, "held out"))
+        have = 0
+        for number in range(1 << 20):
+            path = self.folder / f"round-{number:05d}.safetensors"
+            if not path.exists():
+                sizes = [file.stat().st_size for file in self.files]
+                full = sum(sizes) + max(sizes, default=0) + self.held_out.stat().st_size > disk
+                if sizes and (have >= tokens or full or time.monotonic() > deadline):
+                    return
+                save(path, self._record(engine, questions, ROUND, str(number)))
+            found = count_tokens(path)
+            have += found
+            advance(found)
+
+    def _record(self, engine: Engine, questions: Sequence[str], count: int, name: str) -> list[Recorded]:
+        return record(engine, self.recipe.taps, questions, count, f"{self.recipe.seed} {name}")
+
+
+def count_tokens(path: Path) -> int:
+    """Tokens in a file, without reading it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return int(file.get_slice("tokens").get_shape()[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Texts, or parts of them, side by side.
+
+    Attributes:
+        tokens: [B, T], padded with 0.
+        hidden: [B, T, taps, hidden] in float32.
+        ids: [B, T, TOP] the most likely next tokens.
+        probs: [B, T, TOP] and their probabilities; 0 in the padding.
+        answer: [B, T] where a token of an answer comes next.
+    """
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    probs: torch.Tensor
+    answer: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Places that are no padding."""
+        return int((self.probs[..., 0] > 0).sum())
+
+
+def batches(texts: Sequence[Recorded], size: int, chance: random.Random | None) -> Iterator[Batch]:
+    """All texts in batches of about `size` tokens, alike in length; in random order where there is chance."""
+    parts = [(text, at) for text in texts for at in range(0, len(text), LONGEST) if len(text) - at > 1]
+    parts.sort(key=lambda part: min(LONGEST, len(part[0]) - part[1]))
+    groups: list[list[tuple[Recorded, int]]] = [[]]
+    for text, at in parts:
+        if len(groups[-1]) * min(LONGEST, len(text) - at) >= size:
+            groups.append([])
+        groups[-1].append((text, at))
+    if chance:
+        chance.shuffle(groups)
+    yield from (_batch(group) for group in groups)
+
+
+def _batch(parts: Sequence[tuple[Recorded, int]]) -> Batch:
+    lengths = [min(LONGEST, len(text) - at) for text, at in parts]
+    shape = len(parts), max(lengths)
+    _, taps, width = parts[0][0].hidden.shape
+    top = parts[0][0].ids.shape[-1]
+    assert top <= TOP
+    batch = Batch(
+        torch.zeros(shape, dtype=torch.long),
+        torch.zeros(*shape, taps, width),
+        torch.zeros(*shape, top, dtype=torch.long),
+        torch.zeros(*shape, top),
+        torch.zeros(shape, dtype=torch.bool),
+    )
+    for line, ((text, at), count) in enumerate(zip(parts, lengths, strict=True)):
+        batch.tokens[line, :count] = text.tokens[at : at + count]
+        batch.hidden[line, :count] = text.hidden[at : at + count]
+        batch.ids[line, :count] = text.ids[at : at + count]
+        batch.probs[line, :count] = text.logprobs[at : at + count].float().exp()
+        batch.answer[line, max(0, text.start - 1 - at) : count] = True
+    return batch
+
+
+def read(path: Path) -> list[Recorded]:
+    """The conversations of one file."""
+    return list(load(path))

@@ -1,0 +1,213 @@
+"""The training loop that all kinds of drafters share: one pass of time, checkpoints to go on from, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from parlay.train.dataset import Batch, Dataset, batches, read
+
+WARM_UP = 30  # steps
+FLOOR = 0.03  # of the learning rate at the end
+CLIP = 0.5  # norm of a step's gradient
+CHECKPOINT_SECONDS = 120
+EVALUATIONS = 8
+DEPTH = 4  # guesses of the chains that evaluation counts
+
+
+class Objective(Protocol):
+    """What is trained, and towards what."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
+        """The loss, and the share of first guesses that would be accepted."""
+        ...
+
+    def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
+        """[depth] chains of guesses whose k-th is accepted, and the number of chains."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        epochs: Times over the data.
+        batch: Tokens in a step.
+        rate: Highest learning rate.
+        seconds: Training ends by then, the rate going down in time; also counted over interruptions.
+        seed: Of the order of the data.
+    """
+
+    epochs: int
+    batch: int
+    rate: float
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How good the drafter was at some step, on held-out texts."""
+
+    step: int
+    tokens: int  # that were trained on so far
+    seconds: float
+    accepted: tuple[float, ...]  # the share of chains whose k-th guess is accepted
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Emitted by a step that verifies a chain of `DEPTH`."""
+        return 1 + sum(self.accepted)
+
+
+@dataclass(slots=True)
+class _State:
+    """Where training stands; all of it is in a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Training:
+    """Trains one objective on one dataset.
+
+    Args:
+        objective: What to train.
+        data: What on.
+        schedule: How long.
+        folder: Where checkpoints are kept.
+        show: Told the step, the number of steps, the loss, the first guesses' acceptance and tokens per second.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: Dataset,
+        schedule: Schedule,
+        folder: Path,
+        show: Callable[[float, str], None],
+    ) -> None:
+        self._objective, self._data, self._schedule, self._show = objective, data, schedule, show
+        self._checkpoint = folder / "checkpoint.safetensors"
+        self._about = folder / "checkpoint.json"
+        parameters = [weight for weight in objective.module.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            parameters, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self._state = _State()
+        self.evaluations: list[Evaluation] = []
+
+    def run(self) -> list[Evaluation]:
+        """Trains from where the last checkpoint is to the end, and returns all evaluations."""
+        self._resume()
+        files = self._data.files
+        sizes = [sum(1 for _ in batches(read(file), self._schedule.batch, None)) for file in files]
+        steps = sum(sizes) * self._schedule.epochs
+        done, number = self._state, 0
+        last_saved = began = time.monotonic() - done.seconds
+        loss_seen, first_seen = math.nan, math.nan
+        if not self.evaluations:
+            self._evaluate()
+        for file in self._order(files):
+            size = sizes[files.index(file)]
+            if number + size <= done.step:
+                number += size
+                continue
+            chance = random.Random(f"{self._schedule.seed} {number}")
+            for batch in batches(read(file), self._schedule.batch, chance):
+                number += 1
+                if number <= done.step:
+                    continue
+                done.seconds = time.monotonic() - began
+                progress = max(done.step / steps, done.seconds / self._schedule.seconds)
+                if progress >= 1:
+                    break
+                loss, first = self._step(batch, progress)
+                done.step, done.tokens = number, done.tokens + batch.count
+                loss_seen = loss if math.isnan(loss_seen) else 0.95 * loss_seen + 0.05 * loss
+                first_seen = first if math.isnan(first_seen) else 0.95 * first_seen + 0.05 * first
+                rate = done.tokens / max(1e-9, done.seconds)
+                self._show(progress, f"loss {loss_seen:.3f}, first guess {first_seen:.1%}, {rate:.0f} tokens/s")
+                if progress * EVALUATIONS > len(self.evaluations):
+                    self._evaluate()
+                if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                    self._save()
+                    last_saved = time.monotonic()
+        done.seconds = time.monotonic() - began
+        self._evaluate()
+        self._save()
+        return self.evaluations
+
+    def _order(self, files: Sequence[Path]) -> list[Path]:
+        found: list[Path] = []
+        for epoch in range(self._schedule.epochs):
+            order = list(files)
+            random.Random(f"{self._schedule.seed} {epoch}").shuffle(order)
+            found += order
+        return found
+
+    def _step(self, batch: Batch, progress: float) -> tuple[float, float]:
+        rate = max(FLOOR, 0.5 * (1 + math.cos(math.pi * progress))) * min(1.0, (self._state.step + 1) / WARM_UP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.rate * rate
+        loss, first = self._objective.loss(batch, progress)
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._objective.module.parameters(), CLIP)
+        self._optimizer.step()
+        return loss.item(), first
+
+    def _evaluate(self) -> None:
+        """Counts what would be accepted of the held-out greedy answers."""
+        accepted, chains = torch.zeros(DEPTH), 0
+        for batch in batches(read(self._data.held_out), self._schedule.batch, None):
+            some, count = self._objective.accepted(batch, DEPTH)
+            accepted += some
+            chains += count
+        shares = tuple((accepted / max(1, chains)).tolist())
+        state = self._state
+        self.evaluations.append(Evaluation(state.step, state.tokens, state.seconds, shares))
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {name: weight for name, weight in self._objective.module.named_parameters() if weight.requires_grad}
+
+    def _save(self) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, weight in self._named().items():
+            tensors[f"weight {name}"] = weight.detach()
+            for key, value in self._optimizer.state[weight].items():
+                tensors[f"{key} {name}"] = value
+        partial = self._checkpoint.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.rename(self._checkpoint)
+        about = {"state": asdict(self._state), "evaluations": [asdict(one) for one in self.evaluations]}
+        self._about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _resume(self) -> None:
+        if not self._checkpoint.exists():
+            return
+        about, tensors = json.loads(self._about.read_text(encoding="utf-8")), load_file(self._checkpoint)
+        self._state = _State(**about["state"])
+        self.evaluations = [Evaluation(**(one | {"accepted": tuple(one["accepted"])})) for one in about["evaluations"]]
+        with torch.no_grad():
+            for name, weight in self._named().items():
+                weight.copy_(tensors[f"weight {name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self._optimizer.state[weight] = {key: tensors[f"{key} {name}"] for key in keys}

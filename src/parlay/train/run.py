@@ -1,0 +1,198 @@
+"""From a target's name to a trained drafter in a folder: data, training, weights, card."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from parlay.config import Compile, EngineConfig
+from parlay.drafters.eagle_files import default_taps, save_head
+from parlay.engine.checkpoint import resolve
+from parlay.engine.engine import Engine
+from parlay.engine.model import LoadedModel, load_model
+from parlay.train.dataset import Dataset, Recipe, count_tokens, read
+from parlay.train.eagle import EagleObjective, new_head
+from parlay.train.loop import DEPTH, Evaluation, Schedule, Training
+from parlay.train.losses import Divergence
+
+Kind = Literal["eagle"]
+KINDS = get_args(Kind)
+RECORDING = 64  # conversations that run at a time
+DATA_SHARE = 0.5  # of the time, at most, goes to recording
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to train, and with how much of everything.
+
+    Attributes:
+        kind: The kind of drafter.
+        model: The target: a built-in name, a Hugging Face id, a local folder or a .gguf file.
+        out: The folder that the drafter is written to; what it takes to go on is kept in `training` below.
+        data: The folder of recorded conversations; it can be shared between orders.
+        prompts: Users' turns to answer; none to have the target make them up.
+        tokens: To record.
+        disk: Bytes that they may take.
+        minutes: For everything.
+        epochs: Times over the data.
+        batch: Tokens in a step.
+        rate: Highest learning rate.
+        turns: How far an `eagle` head goes on from its own output while it learns.
+        vocab: Tokens that the drafter can guess.
+        intermediate: Width of an `eagle` head's MLP; None takes the target's.
+        taps: Layers that a head reads; none for a low, a middle and a high one.
+        divergence: From the target's distribution.
+        int8: Write matrices in int8, else in float16.
+        seed: Decides everything that is random.
+        compile: Whether to compile the target's layers for recording; see `EngineConfig`.
+    """
+
+    kind: Kind
+    model: str
+    out: Path
+    data: Path
+    prompts: tuple[str, ...] = ()
+    tokens: int = 400_000
+    disk: int = 8 << 30
+    minutes: float = 90.0
+    epochs: int = 6
+    batch: int = 1024
+    rate: float = 2e-3
+    turns: int = 4
+    vocab: int = 8192
+    intermediate: int | None = None
+    taps: tuple[int, ...] = ()
+    divergence: Divergence = "forward_kl"
+    int8: bool = True
+    seed: int = 0
+    compile: Compile = "background"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a drafter is, and how good it was on texts that it was not trained on."""
+
+    kind: Kind
+    model: str
+    made_with: dict[str, str]
+    order: dict[str, object]
+    conversations: str
+    tokens: int
+    parameters: int
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def markdown(self) -> str:
+        last = self.evaluations[-1]
+        what = (
+            f"Kind: `{self.kind}`, {self.parameters / 1e6:.1f} million weights. Trained by `parlay train` on "
+            f"{self.tokens:,} tokens, {self.conversations}, seed {self.order['seed']}."
+        )
+        how_good = (
+            f"After {last.step} steps and {last.seconds / 60:.0f} minutes, on held-out greedy answers, a chain of "
+            f"{DEPTH} guesses yields {last.tokens_per_step:.2f} tokens per step:"
+        )
+        lines = [
+            f"# A drafter for {self.model}",
+            "",
+            what,
+            "",
+            how_good,
+            "",
+            "| step | minutes | " + " | ".join(f"guess {k + 1}" for k in range(DEPTH)) + " | tokens per step |",
+            "|---|---|" + "---|" * (DEPTH + 1),
+        ]
+        for one in self.evaluations:
+            shares = " | ".join(f"{share:.1%}" for share in one.accepted)
+            lines.append(f"| {one.step} | {one.seconds / 60:.1f} | {shares} | {one.tokens_per_step:.2f} |")
+        lines += ["", ", ".join(f"{name} {what}" for name, what in self.made_with.items()), ""]
+        return "\n".join(lines)
+
+
+def train(order: Order) -> Card:
+    """Makes a drafter; called again with the same order it goes on where it was broken off.
+
+    Raises:
+        CheckpointError: when the target cannot be had.
+        UnsupportedModel: when it could not be served.
+        ValueError: naming what does not fit together.
+    """
+    began = time.monotonic()
+    target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32"))
+    taps = order.taps or default_taps(len(target.shapes))
+    prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
+    data = Dataset(order.data, Recipe(order.model, taps, order.seed, prints))
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        recording, training = bar.add_task("recording", total=order.tokens), bar.add_task("training", total=1.0)
+        _fill(order, data, began, lambda count: bar.advance(recording, count))
+        bar.update(recording, completed=order.tokens)
+        evaluations, parameters = _train(
+            order, target, data, lambda done, what: bar.update(training, completed=done, description=what)
+        )
+        bar.update(training, completed=1.0)
+    card = Card(
+        kind=order.kind,
+        model=order.model,
+        made_with=_versions(),
+        order={name: value for name, value in asdict(order).items() if name not in ("prompts", "out", "data")},
+        conversations="on prompts from a file"
+        if order.prompts
+        else "written by the model itself, user's turns included",
+        tokens=sum(map(count_tokens, data.files)),
+        parameters=parameters,
+        evaluations=tuple(evaluations),
+    )
+    (order.out / "card.json").write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+    (order.out / "README.md").write_text(card.markdown, encoding="utf-8")
+    return card
+
+
+def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], None]) -> None:
+    config = EngineConfig(
+        order.model,
+        dtype="auto",
+        speculation=None,
+        prefix_caching=False,
+        max_num_seqs=RECORDING,
+        compile=order.compile,
+    )
+    engine = Engine(config)
+    deadline = began + 60 * order.minutes * DATA_SHARE
+    data.fill(engine, order.prompts, order.tokens, order.disk, deadline, advance)
+    del engine
+    gc.collect()
+
+
+def _train(
+    order: Order, target: LoadedModel, data: Dataset, show: Callable[[float, str], None]
+) -> tuple[Sequence[Evaluation], int]:
+    torch.manual_seed(order.seed)
+    work = order.out / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    texts = (text for file in data.files for text in read(file))
+    head = new_head(target.model, data.recipe.taps, texts, order.vocab, order.intermediate)
+    embedding = target.model.get_input_embeddings().weight.detach()
+    objective = EagleObjective(head, embedding, order.turns, order.divergence)
+    schedule = Schedule(order.epochs, order.batch, order.rate, 60 * order.minutes * (1 - DATA_SHARE), order.seed)
+    evaluations = Training(objective, data, schedule, work, show).run()
+    save_head(head, order.out, order.int8)
+    return evaluations, sum(weight.numel() for weight in head.parameters())
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return packages | {"Python": platform.python_version(), "on": f"{os.cpu_count()} cores"}

@@ -1,0 +1,123 @@
+"""`parlay train`, whole, on a tiny model: data of its own, a head that gets better, interruptions, a card."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from parlay.cli import app
+from parlay.config import EngineConfig
+from parlay.engine.engine import Engine
+from parlay.train import dataset, loop, run
+from parlay.train.conversations import turns
+from parlay.train.run import Order, train
+from parlay.types import Bet, Request, SamplingParams, Tree
+from tests.tiny import make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "ROUND", 10)
+    monkeypatch.setattr(dataset, "HELD_OUT", 4)
+    monkeypatch.setattr("parlay.train.conversations.QUESTION_TOKENS", 12)
+    monkeypatch.setattr("parlay.train.conversations.ANSWER_TOKENS", 40)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def order(folder: Path, out: Path, data: Path, **options: Any) -> Order:
+    settings: dict[str, Any] = {
+        "tokens": 1500,
+        "epochs": 3,
+        "batch": 128,
+        "turns": 3,
+        "vocab": 200,
+        "intermediate": 48,
+        "compile": "cached",
+    }
+    return Order("eagle", str(folder), out, data, **settings | options)
+
+
+def test_a_head_learns_and_serves(folder: Path, data: Path, tmp_path: Path) -> None:
+    """It accepts more than before, in the engine too, where the output stays the target's own."""
+    card = train(order(folder, tmp_path, data, epochs=12))
+    first, last = card.evaluations[0], card.evaluations[-1]
+    assert last.tokens_per_step > first.tokens_per_step + 0.15
+    assert card.tokens >= 1500
+    assert (tmp_path / "README.md").read_text() == card.markdown
+    assert json.loads((tmp_path / "card.json").read_text())["evaluations"][-1]["step"] == last.step
+    outputs = {}
+    for speculation in (None, Bet("eagle", Tree.chain(3))):
+        drafters = {"eagle": str(tmp_path)} if speculation else {}
+        engine = Engine(EngineConfig(str(folder), dtype="float32", speculation=speculation, drafters=drafters))
+        params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+        engine.add(Request("r", tuple(engine.tokenizer.encode("the answer")), params))
+        outputs[speculation] = [delta for _ in range(100) for delta in engine.step()]
+    plain, guessed = (tuple(t for d in deltas for t in d.tokens) for deltas in outputs.values())
+    assert plain == guessed
+    assert sum(delta.stats.accepted for delta in outputs[Bet("eagle", Tree.chain(3))]) > 0
+
+
+def test_training_goes_on_where_it_was_broken_off(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(order(folder, tmp_path / "whole", data))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    step, steps = loop.Training._step, []
+
+    def failing(self: loop.Training, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(loop.Training, "_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(order(folder, tmp_path / "parts", data))
+    train(order(folder, tmp_path / "parts", data))
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_data_stays_within_its_budget(folder: Path, tmp_path: Path) -> None:
+    card = train(order(folder, tmp_path, tmp_path / "data", tokens=100_000, disk=1_500_000, epochs=1))
+    assert sum(file.stat().st_size for file in (tmp_path / "data").iterdir()) < 1_500_000
+    assert 0 < card.tokens < 100_000
+
+
+def test_data_of_another_kind_is_not_mixed_in(folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was recorded from .* name another folder"):
+        train(order(folder, tmp_path, data, seed=1))
+
+
+def test_given_prompts_are_answered(folder: Path) -> None:
+    engine = Engine(EngineConfig(str(folder), speculation=None, self_check=False))
+    asked = turns(engine, ["the thing", "another"], 6, random.Random(0))
+    texts = {engine.tokenizer.decode(turn.prompt) for turn in asked}
+    assert len(asked) == 6
+    assert all("the thing" in text or "another" in text for text in texts)
+    assert {turn.params.temperature for turn in asked} > {0.0}
+
+
+def test_the_command(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Order, "__init__", functools.partialmethod(run.Order.__init__, compile="cached"))
+    arguments = ["train", str(tmp_path), "--model", str(folder), "--data", str(data), "--tokens", "1500"]
+    done = CliRunner().invoke(app, [*arguments, "--epochs", "1", "--vocab", "100", "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["kind"] == "eagle"
