@@ -344,6 +344,7 @@ class EngineStatus:
         prefix_queries: Tokens that were looked up among published pages, since the start. Choices that take over the
             prompt of their request's first choice look nothing up.
         prefix_hits: Those of them that were found, and so were not computed again.
+        failed_drafters: Methods that raised an error and were switched off.
     """
 
     slots: int
@@ -353,6 +354,7 @@ class EngineStatus:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    failed_drafters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

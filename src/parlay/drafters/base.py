@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -13,6 +15,8 @@ from parlay.engine.compiling import Compilable
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.policy.trees import overlap, subtree
 from parlay.types import Bet, Offer, Row, RowResult, StepPlan, Tree
+
+logger = logging.getLogger(__name__)
 
 
 class Drafter(ABC):
@@ -125,11 +129,23 @@ class ShownGuesses(Drafter):
 
 
 class Drafters:
-    """The drafters of one engine, by name."""
+    """The drafters of one engine, by name.
+
+    One that raises is switched off for the engine's life: guesses are all that is lost.
+
+    Attributes:
+        by_name: Those that work.
+        failed: Names of those that were switched off.
+    """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self.by_name = {drafter.name: drafter for drafter in drafters}
-        self.taps = tuple(sorted({layer for drafter in drafters for layer in drafter.taps}))
+        self.failed: tuple[str, ...] = ()
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose hidden states somebody needs."""
+        return tuple(sorted({layer for drafter in self.by_name.values() for layer in drafter.taps}))
 
     @property
     def bytes_per_position(self) -> int:
@@ -146,31 +162,51 @@ class Drafters:
         """Per row, every drafter's offer; rows that may not guess get none."""
         offers: list[list[Offer]] = [[] for _ in rows]
         willing = [i for i, row in enumerate(rows) if row.max_depth > 0]
-        for drafter in self.by_name.values():
-            for i, offer in zip(willing, drafter.offer([rows[i] for i in willing]), strict=True):
-                if offer is not None:
-                    assert drafter.deterministic or offer.tokens is None, f"{drafter.name} shows sampled guesses"
-                    offers[i].append(offer)
+        for drafter in self._working():
+            with self._or_off(drafter):
+                found = drafter.offer([rows[i] for i in willing])
+                shown = [offer for offer in found if offer is not None and offer.tokens is not None]
+                assert drafter.deterministic or not shown, f"{drafter.name} shows sampled guesses"
+                for i, offer in zip(willing, found, strict=True):
+                    if offer is not None:
+                        offers[i].append(offer)
         return offers
 
     def draft(self, rows: Sequence[Row], plan: StepPlan) -> list[Draft | None]:
         """Lets each drafter guess for the rows that were bound to it, all of them at once."""
         drafts: list[Draft | None] = [None] * len(rows)
-        for name, drafter in self.by_name.items():
-            bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == name]
-            if bound:
+        for drafter in self._working():
+            bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == drafter.name]
+            if not bound:
+                continue
+            with self._or_off(drafter):
                 guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound])
-                for (i, bet), draft in zip(bound, guesses, strict=True):
-                    if draft is not None and draft.tree:
-                        fits = len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth
-                        assert fits, f"{name} drew more than the planned tree"
-                        drafts[i] = draft
+                for (_, bet), draft in zip(bound, guesses, strict=True):
+                    small = draft is None or (len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth)
+                    assert small, f"{drafter.name} drew more than the planned tree"
+                for (i, _), draft in zip(bound, guesses, strict=True):
+                    drafts[i] = draft if draft is not None and draft.tree else None
         return drafts
 
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
-        for drafter in self.by_name.values():
-            drafter.commit(rows, results, taps)
+        for drafter in self._working():
+            with self._or_off(drafter):
+                drafter.commit(rows, results, taps)
 
     def forget(self, seq: int) -> None:
-        for drafter in self.by_name.values():
-            drafter.forget(seq)
+        for drafter in self._working():
+            with self._or_off(drafter):
+                drafter.forget(seq)
+
+    def _working(self) -> list[Drafter]:
+        return list(self.by_name.values())
+
+    @contextmanager
+    def _or_off(self, drafter: Drafter) -> Iterator[None]:
+        """Switches a drafter off that raises in the block; what it did there before counts for nothing."""
+        try:
+            yield
+        except Exception:  # whatever it is, requests go on without its guesses
+            logger.exception("drafter %s failed and is switched off", drafter.name)
+            del self.by_name[drafter.name]
+            self.failed = (*self.failed, drafter.name)

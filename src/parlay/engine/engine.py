@@ -119,6 +119,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            failed_drafters=self.drafters.failed,
         )
 
     # ---- a step ---------------------------------------------------------------------------------------------

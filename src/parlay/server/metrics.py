@@ -220,6 +220,12 @@ class _Counters(Collector):
             ("finished_reason",),
             {(reason,): tally.finished[reason] for reason in get_args(FinishReason)},
         )
+        yield self._family(
+            "spec_decode_drafter_failures",
+            "Drafters that raised an error and were switched off.",
+            ("method",),
+            dict.fromkeys(((method,) for method in status.failed_drafters), 1),
+        )
         yield from self._speculation()
 
     def _speculation(self) -> Iterator[Metric]:
