@@ -19,15 +19,21 @@ from tests.tiny import VOCAB_SIZE
 HIDDEN = 32
 
 
-def tiny_head(seed: int = 0, vocab: int = 100, hidden: int = HIDDEN, taps: tuple[int, ...] = (0, 1, 2)) -> EagleHead:
-    """A random head for the tiny models, which guesses every second token or so."""
+def tiny_head(
+    seed: int = 0,
+    vocab: int = 100,
+    hidden: int = HIDDEN,
+    taps: tuple[int, ...] = (0, 1, 2),
+    target_vocab: int = VOCAB_SIZE,
+) -> EagleHead:
+    """A random head for the tiny models, which can guess some of their tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = EagleHead(HeadShape(hidden, hidden, 48, 4, 2, 8, vocab, taps))
         for weight in head.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.3)
-        head.ids = torch.randperm(VOCAB_SIZE)[:vocab].sort().values
+        head.ids = torch.randperm(target_vocab)[:vocab].sort().values
     return head
 
 

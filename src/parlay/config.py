@@ -14,6 +14,7 @@ from parlay.types import Bet, Tree
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
 Compile = Literal["background", "wait", "cached", "off"]
+TreeSampling = Literal["sequoia", "specinfer", "topk"]
 
 
 def parse_bet(text: str) -> Bet | None:
@@ -61,6 +62,8 @@ class EngineConfig:
         prefix_caching: Reuse KV of equal prompt prefixes.
         speculation: What to bet on every row; None never bets. A text is read by `parse_bet`.
         drafters: By method, where a drafter's weights are: a Hugging Face id or a local folder.
+        tree_sampling: How drafters with probabilities draw siblings where chance decides: `sequoia` without
+            replacement; as baselines, `specinfer` independently, and `topk` the most likely ones, without chance.
         parity: `strict` makes every reduction independent of what else is in the step.
         compile: Compile the model's layers while serving (`background`) or before it (`wait`), which takes a minute
             once; `cached` only takes what earlier starts have compiled. On CPU, in float32 and bfloat16.
@@ -79,6 +82,7 @@ class EngineConfig:
     prefix_caching: bool = True
     speculation: Bet | None = AUTO
     drafters: Mapping[str, str] = field(default_factory=dict)
+    tree_sampling: TreeSampling = "sequoia"
     parity: Parity = "fast"
     compile: Compile = "cached"
     seed: int | None = None
@@ -94,7 +98,12 @@ class EngineConfig:
             raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, or rows would starve")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must be 2 or more")
-        for name, choices in (("parity", get_args(Parity)), ("compile", get_args(Compile)), ("dtype", get_args(Dtype))):
+        for name, choices in (
+            ("parity", get_args(Parity)),
+            ("compile", get_args(Compile)),
+            ("dtype", get_args(Dtype)),
+            ("tree_sampling", get_args(TreeSampling)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parlay.config import Dtype, EngineConfig, Parity, parse_bet
+from parlay.config import Dtype, EngineConfig, Parity, TreeSampling, parse_bet
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -119,6 +119,10 @@ def engine_config(
             metavar="METHOD=SOURCE",
         ),
     ] = None,
+    tree_sampling: Annotated[
+        TreeSampling,
+        _speculation("How siblings are drawn where chance decides; specinfer and topk are baselines."),
+    ] = _ENGINE.tree_sampling,
     parity: Annotated[
         Parity,
         _speculation("strict makes greedy and seeded output equal to plain decoding to the last bit, at a price."),
@@ -146,6 +150,7 @@ def engine_config(
         prefix_caching=prefix_caching,
         speculation=parse_bet(speculation),
         drafters=dict(map(parse_drafter, drafter or ())),
+        tree_sampling=tree_sampling,
         parity=parity,
         seed=seed,
         self_check=self_check,

@@ -83,8 +83,17 @@ def path_to(tree: Tree, tokens: tuple[int, ...], node: int) -> tuple[int, ...]:
     return () if node < 0 else (*path_to(tree, tokens, tree.parents[node]), tokens[node])
 
 
-def sampled_drafts(tree: Tree, proposal: Law) -> Iterator[tuple[Draft, float]]:
+def independent_children(probs: torch.Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All ordered draws of `count` children with replacement."""
+    for values in itertools.product(range(len(probs)), repeat=count):
+        weight = float(probs[list(values)].prod())
+        if weight > 0:
+            yield values, weight
+
+
+def sampled_drafts(tree: Tree, proposal: Law, replaced: bool = False) -> Iterator[tuple[Draft, float]]:
     """Every tree of values that a sampling drafter could draw, with its probability."""
+    draws = independent_children if replaced else drawn_children
     children = tree.children()
 
     def fill(inner: list[int], tokens: dict[int, int]) -> Iterator[tuple[dict[int, int], float]]:
@@ -93,7 +102,7 @@ def sampled_drafts(tree: Tree, proposal: Law) -> Iterator[tuple[Draft, float]]:
             return
         node, *rest = inner
         path = path_to(tree, tuple(tokens.get(i, -1) for i in range(len(tree))), node)
-        for values, weight in drawn_children(proposal(path), len(children[node])):
+        for values, weight in draws(proposal(path), len(children[node])):
             chosen = tokens | dict(zip(children[node], values, strict=True))
             for filled, share in fill(rest, chosen):
                 yield filled, weight * share
@@ -102,7 +111,7 @@ def sampled_drafts(tree: Tree, proposal: Law) -> Iterator[tuple[Draft, float]]:
     for filled, weight in fill(inner, {}):
         tokens = tuple(filled[i] for i in range(len(tree)))
         probs = torch.stack([proposal(path_to(tree, tokens, node)) for node in inner]) if inner else None
-        yield Draft("test", tree, tokens, probs), weight
+        yield Draft("test", tree, tokens, probs, replaced=replaced), weight
 
 
 def fixed_draft(tree: Tree, seed: int, vocab: int) -> Draft:
@@ -160,6 +169,16 @@ def test_optimal_is_exact_for_sampled_children(name: str, support: int | None) -
     vocab = 3
     target, proposal = random_law(1, vocab), random_law(2, vocab, support)
     error = largest_error(sampled_drafts(TREES[name], proposal), target, vocab, SamplingParams())
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("support", [None, 1, 2], ids=["full", "one", "two"])
+def test_optimal_is_exact_for_independent_children(name: str, support: int | None) -> None:
+    """SpecInfer's rule; equal siblings are possible."""
+    vocab = 3
+    target, proposal = random_law(1, vocab), random_law(2, vocab, support)
+    error = largest_error(sampled_drafts(TREES[name], proposal, replaced=True), target, vocab, SamplingParams())
     assert error < 1e-12
 
 
@@ -222,6 +241,17 @@ def test_sequoia_accepts_more_than_one_by_one_rejection() -> None:
         law = emitted_law(draft, target, SamplingParams())
         accepted += weight * sum(share for emitted, share in law.items() if len(emitted) == 2)
     assert accepted == pytest.approx(1.0)
+
+
+def test_sequoia_accepts_more_than_specinfer() -> None:
+    """P = [1, 0] and Q = [1/2, 1/2]: two independent children accept in three of four cases (papers' example)."""
+    target = lambda path: torch.tensor([1.0, 0.0], dtype=torch.float64)  # noqa: E731
+    proposal = lambda path: torch.tensor([0.5, 0.5], dtype=torch.float64)  # noqa: E731
+    accepted = 0.0
+    for draft, weight in sampled_drafts(TREES["pair"], proposal, replaced=True):
+        law = emitted_law(draft, target, SamplingParams())
+        accepted += weight * sum(share for emitted, share in law.items() if len(emitted) == 2)
+    assert accepted == pytest.approx(0.75)
 
 
 def test_one_child_is_accepted_with_one_minus_total_variation() -> None:

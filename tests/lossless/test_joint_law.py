@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
+from parlay.drafters.eagle_files import save_head
 from parlay.engine.engine import Engine
-from parlay.types import Request, SamplingParams
+from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.architectures import plain_model
+from tests.drafting import tiny_head
 from tests.gamblers import RandomPolicy, RandomSampler
 
 VOCAB, LENGTH, SAMPLES = 4, 4, 6000
@@ -35,10 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.5, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(3)
-    LlamaForCausalLM(config).double().save_pretrained(path)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    for place, seed in ((path, 3), (path / "draft", 4)):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).double().save_pretrained(place)
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place)
+    save_head(tiny_head(vocab=3, hidden=16, target_vocab=VOCAB), path / "head", int8=False)
     return path
 
 
@@ -51,21 +55,41 @@ def exact_law(folder: Path) -> dict[tuple[int, ...], float]:
     return dict(zip(every, chosen.sum((1, 2)).exp().tolist(), strict=True))
 
 
+def make_engine(folder: Path, method: str, **options: Any) -> Engine:
+    """An engine with one drafter, which bets on trees of all shapes."""
+    bet = Bet(method, Tree.chain(6)) if method in ("draft_model", "eagle", "self") else None
+    source = {"draft_model": str(folder / "draft"), "eagle": str(folder / "head"), "self": "1"}
+    engine = Engine(
+        EngineConfig(
+            str(folder), max_num_seqs=64, max_num_batched_tokens=512, seed=1, self_check=False, speculation=bet,
+            drafters={method: source[method]} if bet else {}, **options,
+        )
+    )  # fmt: skip
+    if method == "random_sampler":
+        engine.drafters = Drafters([RandomSampler(VOCAB, seed=5)])
+    if method != "none":
+        engine.policy = RandomPolicy(2, [method], largest=6)
+    return engine
+
+
 @pytest.mark.parametrize("mode", ["optimal", "coupled"])
 @pytest.mark.parametrize("method", ["random_sampler", "none"])
 def test_sequences_occur_as_often_as_the_model_says(
     folder: Path, layers: dict[str, Any], mode: str, method: str
 ) -> None:
-    engine = Engine(
-        EngineConfig(
-            str(folder), max_num_seqs=64, max_num_batched_tokens=512, speculation=None, seed=1, self_check=False,
-            **layers,
-        )
-    )  # fmt: skip
-    if method != "none":
-        engine.drafters = Drafters([RandomSampler(VOCAB, seed=5)])
-        engine.policy = RandomPolicy(2, [method], largest=6)
-    for number in range(SAMPLES):
+    check_law(folder, make_engine(folder, method, **layers), mode, method)
+
+
+@pytest.mark.parametrize("sampling", ["sequoia", "specinfer", "topk"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "self"])
+def test_drafters_that_sample_change_nothing(folder: Path, method: str, sampling: str) -> None:
+    """The distributions that they hand to verification are those that they drew from; a head cannot say everything."""
+    engine = make_engine(folder, method, dtype="float64", tree_sampling=sampling)
+    check_law(folder, engine, "optimal", method, samples=2000)
+
+
+def check_law(folder: Path, engine: Engine, mode: str, method: str, samples: int = SAMPLES) -> None:
+    for number in range(samples):
         seed = number if mode == "coupled" else None
         engine.add(Request(str(number), PROMPT, SamplingParams(max_tokens=LENGTH, seed=seed, ignore_eos=True)))
     found: dict[str, tuple[int, ...]] = {}
@@ -74,15 +98,15 @@ def test_sequences_occur_as_often_as_the_model_says(
         for delta in engine.step():
             found[delta.request_id] = (*found.get(delta.request_id, ()), *delta.tokens)
             accepted += delta.stats.accepted
-    assert (accepted > SAMPLES / 4) == (method != "none")
+    assert (accepted > samples / 8) == (method != "none")
     law = exact_law(folder)
-    common = [sequence for sequence, probability in law.items() if probability * SAMPLES >= 5]
+    common = [sequence for sequence, probability in law.items() if probability * samples >= 5]
     counts = Counter(found.values())
     observed = [counts[sequence] for sequence in common]
-    expected = [law[sequence] * SAMPLES for sequence in common]
-    rest = SAMPLES - sum(expected)
+    expected = [law[sequence] * samples for sequence in common]
+    rest = samples - sum(expected)
     if rest >= 5:
-        observed.append(SAMPLES - sum(observed))
+        observed.append(samples - sum(observed))
         expected.append(rest)
     else:
         expected = [count * sum(observed) / sum(expected) for count in expected]

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from parlay.config import TreeSampling
 from parlay.engine.batch import Draft
 from parlay.engine.compiling import Compilable
 from parlay.engine.model import LoadedModel, TargetModel
@@ -31,6 +32,7 @@ class Drafter(ABC):
             them, and only then do drafts carry no probabilities.
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
         bytes_per_position: Memory that it needs for every position of the target's KV pool.
+        sampling: How it draws siblings by chance, if it does; the engine sets it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Drafter(ABC):
     deterministic: bool = False
     owns_kv: bool = False
     bytes_per_position: int = 0
+    sampling: TreeSampling = "sequoia"
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:

@@ -6,6 +6,7 @@ Three ways to choose a node's children, by the row's verification mode:
   it is most likely to be right (EAGLE-2, Li et al. 2024): every level expands its best nodes by the product of
   probabilities along their paths, and the best of all are kept, which are ancestor-closed. Nothing here is by chance.
 - `optimal`: the planned shape, children sampled without replacement (Sequoia, Chen et al. 2024), distributions kept.
+  As baselines, children sampled independently (SpecInfer, Miao et al. 2024), or the most likely ones (top-k).
 - `coupled`: the planned shape, children by the noise that verification will use (Daliri et al. 2024).
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from parlay.config import TreeSampling
 from parlay.engine.batch import Draft, PackedRow, pack_row
 from parlay.engine.sampling import Path, draw_without_replacement, gumbel_at, process
 from parlay.types import Row, Tree
@@ -39,6 +41,7 @@ class Growth:
         ran: Nodes that the drafter has run, in order; each has a scratch slot behind the known tokens.
         frontier: Nodes whose children are drawn next, -1 for the root.
         probs: What the children of each node with children were drawn from, where they were sampled.
+        replaced: Whether they were drawn with replacement.
     """
 
     row: Row
@@ -50,6 +53,7 @@ class Growth:
     ran: list[int] = field(default_factory=list)
     frontier: list[int] = field(default_factory=lambda: [-1])
     probs: list[torch.Tensor] = field(default_factory=list)
+    replaced: bool = False
     places: dict[int, list[int]] = field(init=False)  # children of the planned tree, by level order
     is_free: bool = field(init=False)  # whether it grows where it is likely to be right
 
@@ -121,7 +125,8 @@ class Growth:
         number = {-1: -1} | {node: i for i, node in enumerate(nodes)}
         tree = Tree(tuple(number[self.parents[node]] for node in nodes))
         probs = torch.stack(self.probs) if self.probs else None
-        return Draft(method, tree, tuple(self.tokens[node] for node in nodes), probs, ids if self.probs else None)
+        tokens = tuple(self.tokens[node] for node in nodes)
+        return Draft(method, tree, tokens, probs, ids if self.probs else None, self.replaced)
 
 
 def by_levels(tree: Tree) -> Tree:
@@ -132,7 +137,11 @@ def by_levels(tree: Tree) -> Tree:
 
 
 def draw_children(
-    growths: Sequence[Growth], logits: torch.Tensor, ids: torch.Tensor | None, generator: torch.Generator
+    growths: Sequence[Growth],
+    logits: torch.Tensor,
+    ids: torch.Tensor | None,
+    generator: torch.Generator,
+    sampling: TreeSampling,
 ) -> None:
     """Gives every frontier node its children, and moves the frontiers on.
 
@@ -141,6 +150,7 @@ def draw_children(
         logits: [N, V] of their frontier nodes, row by row.
         ids: [V] the target's tokens of these logits; None where they are all of them.
         generator: For sampled children.
+        sampling: How children are drawn in `optimal` mode.
     """
     lines = [(growth, node) for growth in growths for node in growth.frontier]
     before = [len(growth.tokens) for growth in growths]
@@ -153,7 +163,7 @@ def draw_children(
         counts = [growth.branches(node) for growth, node in some]
         chosen = logits if len(members) == len(lines) else logits[torch.tensor(members, device=logits.device)]
         chosen = _processed(chosen, [growth.path(node) for growth, node in some], ids)
-        found, sure = _children(mode, some, chosen, max(counts), ids, generator)
+        found, sure = _children(mode if mode != "optimal" else sampling, some, chosen, max(counts), ids, generator)
         tokens = found if ids is None else ids[found]
         for line, count, row, values in zip(members, counts, tokens.tolist(), sure.tolist(), strict=True):
             drawn[line] = row[:count], values[:count]
@@ -164,7 +174,7 @@ def draw_children(
 
 
 def _children(
-    mode: str,
+    rule: str,
     nodes: Sequence[tuple[Growth, int]],
     logits: torch.Tensor,
     count: int,
@@ -174,11 +184,14 @@ def _children(
     """[N, count] places in the vocabulary in draw order, and how likely each is held to be."""
     count = min(count, logits.shape[-1])
     probs = logits.softmax(-1)
-    if mode == "optimal":
-        found = draw_without_replacement(probs, count, generator)
+    if rule in ("sequoia", "specinfer"):
+        replaced = rule == "specinfer"
+        draw = torch.multinomial(probs, count, replaced, generator=generator) if replaced else None
+        found = draw_without_replacement(probs, count, generator) if draw is None else draw
         for (growth, _), line in zip(nodes, probs, strict=True):
             growth.probs.append(line)
-    elif mode == "coupled":
+            growth.replaced = replaced
+    elif rule == "coupled":
         best = logits.topk(min(max(count, CANDIDATES), logits.shape[-1]), dim=-1)
         noise = gumbel_at([g.key(node) for g, node in nodes], best.indices if ids is None else ids[best.indices])
         found = best.indices.gather(1, (best.values + noise).topk(count, dim=-1).indices)

@@ -84,7 +84,7 @@ class LevelDrafter(Drafter):
         growing = list(growths.values())
         while growing:
             lines = [(growth, node) for growth in growing for node in growth.frontier]
-            draw_children(growing, logits, self.ids, self._generator)
+            draw_children(growing, logits, self.ids, self._generator, self.sampling)
             line_of = {(growth.row.seq, node): line for line, (growth, node) in enumerate(lines)}
             growing = [growth for growth in growing if growth.frontier]
             if growing:

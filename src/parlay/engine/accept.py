@@ -10,7 +10,8 @@ Every row walks down its tree. At each node the target's processed distribution 
   depend on what was guessed (drafter-invariant speculation, Daliri et al. 2024).
 - `optimal`, deterministic children: a sample from P. Accepting a child when it is that sample has the same law as
   trying the children one by one with q = 1.
-- `optimal`, sampled children: Sequoia's rule for children drawn without replacement (Chen et al. 2024, algorithm 2).
+- `optimal`, sampled children: Sequoia's rule for children drawn without replacement (Chen et al. 2024, algorithm 2),
+  or, as a baseline, SpecInfer's for independent ones (Miao et al. 2024, multi-step speculative sampling).
 
 In each case the outcome is one token; if it is a child, the walk goes on there, else it ends by emitting it.
 """
@@ -187,11 +188,12 @@ class Acceptor:
         return tokens
 
     def _residual(self, walks: Sequence[_Walk], target: torch.Tensor) -> torch.Tensor:
-        """Sequoia's verification of children drawn without replacement, all rows at once, child by child.
+        """Verification of sampled children, all rows at once, child by child.
 
         R starts as the target's distribution and D as the drafter's. Child s is accepted with probability
         min(1, R[s] / D[s]); otherwise R becomes the normalised max(R - D, 0) and s leaves D. When D is used up it
-        becomes uniform over what has not been rejected. After the last child the token is a sample from R.
+        becomes uniform over what has not been rejected. After the last child the token is a sample from R. Where
+        children were drawn with replacement, D stays as it is.
 
         Args:
             walks: Rows whose current node has sampled children.
@@ -202,6 +204,9 @@ class Acceptor:
         """
         draft = torch.stack([walk.proposal(line) for walk, line in zip(walks, target, strict=True)])
         options = [walk.options for walk in walks]
+        replaced = torch.tensor(
+            [walk.draft is not None and walk.draft.replaced for walk in walks], device=target.device
+        )
         result = torch.full((len(walks),), -1, dtype=torch.long, device=target.device)
         rejected = torch.zeros_like(target, dtype=torch.bool)
         target = target.clone()
@@ -217,6 +222,8 @@ class Acceptor:
             result[line[accepted]] = guess[accepted]
             line, guess = line[~accepted], guess[~accepted]
             target[line] = _normalised((target[line] - draft[line]).clamp(min=0), target[line])
+            without = ~replaced[line]
+            line, guess = line[without], guess[without]
             rejected[line, guess] = True
             left = draft[line].masked_fill(rejected[line], 0)
             draft[line] = _normalised(left, _normalised((~rejected[line]).to(left), left))

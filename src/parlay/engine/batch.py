@@ -24,9 +24,9 @@ class Draft:
         method: The drafter's name.
         tree: The shape; at most the planned one.
         tokens: One per node.
-        probs: None for deterministic guesses. Otherwise the distribution each node's children were drawn from,
-            without replacement and in node order: one row per inner node, the root first, then by node number,
-            [num_inner, vocab].
+        probs: None for deterministic guesses. Otherwise the distribution each node's children were drawn from, in node
+            order: one row per inner node, the root first, then by node number, [num_inner, vocab].
+        replaced: Whether siblings were drawn with replacement (SpecInfer), not without (Sequoia).
         ids: [vocab] the target's tokens that `probs` are of; None where they are all of them.
     """
 
@@ -35,6 +35,7 @@ class Draft:
     tokens: tuple[int, ...]
     probs: torch.Tensor | None = None
     ids: torch.Tensor | None = None
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,6 +259,7 @@ def _drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
     drafter = registry.drafters.find(bet.method).for_target(bet.tree, loaded, source)
     if drafter.name != bet.method:
         raise ValueError(f"the drafter registered as {bet.method!r} calls itself {drafter.name!r}; rename one")
+    drafter.sampling = config.tree_sampling
     return Drafters([drafter])
 
 
