@@ -13,7 +13,7 @@ from parlay.drafters.eagle_head import EagleHead, rotary
 from parlay.drafters.levels import LevelDrafter
 from parlay.engine import self_check
 from parlay.engine.attention import forward_batch
-from parlay.engine.batch import ForwardBatch, PackedRow, join, pack_row
+from parlay.engine.batch import ForwardBatch, PackedRow, join, kept_places, pack_row
 from parlay.engine.compiled import EXAMPLE, CompiledLayers, Example, LayerProgram, Noted
 from parlay.engine.compiling import Compilable
 from parlay.engine.kv import KVShape, PagedKV
@@ -137,15 +137,7 @@ class Eagle(LevelDrafter):
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
         """Keeps the features of known tokens and of accepted guesses, where their KV is by now."""
         super().commit(rows, results, taps)
-        lines: list[int] = []
-        slots: list[int] = []
-        size, at = self.page_size, 0
-        for row, got in zip(rows, results, strict=True):
-            end = row.start + row.count
-            lines += [*range(at, at + row.count), *(at + row.count + node for node in got.accepted)]
-            places = range(row.start, end + len(got.accepted))
-            slots += [row.pages[place // size] * size + place % size for place in places]
-            at += row.count + len(got.tree)
+        lines, slots = kept_places(rows, results, self.page_size)
         chosen = torch.tensor(lines, device=self.device)
         states = torch.cat([taps[layer].index_select(0, chosen) for layer in self.taps], dim=-1)
         self._features.index_copy_(0, torch.tensor(slots, device=self.device), self.head.fuse(states))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parlay.types import NO_TREE, Row, Tree
+from parlay.types import NO_TREE, Row, RowResult, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,20 @@ def join(rows: Sequence[PackedRow], read: Sequence[bool], device: torch.device) 
         reads=torch.tensor(reads, dtype=torch.long, device=device),
         first_read=tuple(first_read),
     )
+
+
+def kept_places(rows: Sequence[Row], results: Sequence[RowResult], page_size: int) -> tuple[list[int], list[int]]:
+    """What a step leaves in KV: lines of the packed step, and the slots where they are once guesses have moved."""
+    lines: list[int] = []
+    slots: list[int] = []
+    at = 0
+    for row, got in zip(rows, results, strict=True):
+        end = row.start + row.count
+        lines += [*range(at, at + row.count), *(at + row.count + node for node in got.accepted)]
+        places = range(row.start, end + len(got.accepted))
+        slots += [row.pages[place // page_size] * page_size + place % page_size for place in places]
+        at += row.count + len(got.tree)
+    return lines, slots
 
 
 def kept_slots(row: Row, accepted: Sequence[int], page_size: int) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,7 @@ ANSWER_TOKENS = 320
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt that ends where the assistant answers, and how to draw the answer."""
+    """A prompt to go on from, and how."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
@@ -43,69 +43,73 @@ class Turn:
 def turns(engine: Engine, questions: Sequence[str], count: int, chance: random.Random) -> list[Turn]:
     """Prompts for the target to answer.
 
-    Half of the answers are greedy and half sampled, since a drafter serves both. Questions that are given are drawn
-    from in random order; without any, the model makes them up.
+    Half of the answers are greedy and half sampled, since a drafter serves both.
 
     Args:
         engine: Idle; runs the target.
-        questions: Texts of users' turns.
+        questions: Users' turns to draw from; none to have the model make them up.
         count: How many turns are wanted.
         chance: Decides everything that is random.
     """
-    asked = [chance.choice(questions) for _ in range(count)] if questions else _made_up(engine, count, chance)
-    found: list[Turn] = []
-    for question in asked:
-        try:
-            prompt = tuple(engine.tokenizer.apply_chat_template([{"role": "user", "content": question}]))
-        except InvalidRequest:  # a model without a chat template goes on with the text
-            prompt = tuple(engine.tokenizer.encode(question))
-        room = engine.max_model_len - len(prompt)
-        if prompt and room > 8:
-            found.append(
-                Turn(prompt, _params(chance.choice((0.0, chance.uniform(0.5, 1.0))), ANSWER_TOKENS, room, chance))
-            )
-    return found
+    before, after = _around_user(engine)
+    if questions:
+        asked = [
+            tuple(engine.tokenizer.encode(chance.choice(questions), add_special_tokens=False)) for _ in range(count)
+        ]
+        prompts = [(*before, *question, *after) for question in asked]
+    else:
+        prompts = [(*written, *after) for written in _made_up(engine, before, count, chance)]
+    fitting = [prompt for prompt in prompts if prompt and len(prompt) + 8 < engine.max_model_len]
+    temperatures = [chance.choice((0.0, chance.uniform(0.5, 1.0))) for _ in fitting]
+    return [
+        Turn(prompt, _params(engine, prompt, temperature, ANSWER_TOKENS, chance))
+        for prompt, temperature in zip(fitting, temperatures, strict=True)
+    ]
 
 
-def _params(temperature: float, longest: int, room: int, chance: random.Random) -> SamplingParams:
+def _params(
+    engine: Engine, prompt: Sequence[int], temperature: float, longest: int, chance: random.Random
+) -> SamplingParams:
+    room = engine.max_model_len - len(prompt)
     return SamplingParams(temperature=temperature, max_tokens=min(longest, room), seed=chance.getrandbits(62))
 
 
-def _made_up(engine: Engine, count: int, chance: random.Random) -> list[str]:
-    """What the model writes in a user's place."""
-    before = _before_user(engine)
-    asked = [Turn((), SamplingParams())] * 0
-    openings: list[str] = []
+def _made_up(engine: Engine, before: tuple[int, ...], count: int, chance: random.Random) -> list[tuple[int, ...]]:
+    """What the model writes in a user's place, with what comes before."""
+    asked: list[Turn] = []
     for _ in range(count):
-        opening = chance.choice(OPENINGS)
-        prompt = (*before, *engine.tokenizer.encode(opening, add_special_tokens=False))
-        openings.append(opening)
-        asked.append(
-            Turn(prompt, _params(chance.uniform(0.7, 1.0), QUESTION_TOKENS, engine.max_model_len - len(prompt), chance))
-        )
-    return [opening + text for opening, text in zip(openings, answers(engine, asked), strict=True)]
+        opening = engine.tokenizer.encode(chance.choice(OPENINGS), add_special_tokens=False)
+        prompt = (*before, *opening)
+        asked.append(Turn(prompt, _params(engine, prompt, chance.uniform(0.7, 1.0), QUESTION_TOKENS, chance)))
+    written = answers(engine, asked)
+    ends = frozenset(engine.eos)
+    return [
+        (*turn.prompt, *(tokens[:-1] if tokens and tokens[-1] in ends else tokens))
+        for turn, tokens in zip(asked, written, strict=True)
+    ]
 
 
-def _before_user(engine: Engine) -> tuple[int, ...]:
-    """The tokens up to where a user's text begins."""
+def _around_user(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens before a user's text, and those after it up to where the assistant answers."""
     tokenizer = engine.tokenizer
     try:
         whole = tokenizer.decode(
             tokenizer.apply_chat_template([{"role": "user", "content": MARK}]), skip_special_tokens=False
         )
-        return tuple(tokenizer.encode(whole[: whole.index(MARK)], add_special_tokens=False))
-    except (InvalidRequest, ValueError):
-        return tuple(tokenizer.encode("")) or ((engine.eos[0],) if engine.eos else (0,))
+        before, after = (tokenizer.encode(part, add_special_tokens=False) for part in whole.split(MARK))
+        return tuple(before), tuple(after)
+    except (InvalidRequest, ValueError):  # without a chat template a model goes on with the text
+        return tuple(tokenizer.encode("")) or ((engine.eos[0],) if engine.eos else (0,)), ()
 
 
-def answers(engine: Engine, asked: Sequence[Turn], done: Callable[[], None] = lambda: None) -> list[str]:
-    """What the model answers, all of it at once."""
-    texts = [""] * len(asked)
+def answers(engine: Engine, asked: Sequence[Turn], done: Callable[[], None] = lambda: None) -> list[tuple[int, ...]]:
+    """What the model goes on with, all of it at once."""
+    found: list[tuple[int, ...]] = [()] * len(asked)
     for number, turn in enumerate(asked):
         engine.add(Request(str(number), turn.prompt, turn.params))
     while engine.has_work:
         for delta in engine.step():
-            texts[int(delta.request_id)] += delta.text
+            found[int(delta.request_id)] += delta.tokens
             if delta.finish_reason:
                 done()
-    return texts
+    return found

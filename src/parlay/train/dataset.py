@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from parlay.drafters.base import Drafters
 from parlay.engine.engine import Engine
-from parlay.train.recording import TOP, Recorded, load, record, save
+from parlay.train.recording import TOP, Recorded, Recorder, load, record, save
 
 ROUND = 128  # conversations per file
 HELD_OUT = 48  # conversations that are never trained on
@@ -86,8 +87,14 @@ class Dataset:
             deadline: On the clock of `time.monotonic`.
             advance: Called with the number of tokens that came to be there.
         """
+        recorder = Recorder(engine, self.recipe.taps)
+        engine.drafters = Drafters([recorder])
+
+        def some(count: int, name: str) -> list[Recorded]:
+            return record(engine, recorder, questions, count, f"{self.recipe.seed} {name}")
+
         if not self.held_out.exists():
-            save(self.held_out, self._record(engine, questions, HELD_OUT, "held out"))
+            save(self.held_out, some(HELD_OUT, "held out"))
         have = 0
         for number in range(1 << 20):
             path = self.folder / f"round-{number:05d}.safetensors"
@@ -96,13 +103,10 @@ class Dataset:
                 full = sum(sizes) + max(sizes, default=0) + self.held_out.stat().st_size > disk
                 if sizes and (have >= tokens or full or time.monotonic() > deadline):
                     return
-                save(path, self._record(engine, questions, ROUND, str(number)))
+                save(path, some(ROUND, str(number)))
             found = count_tokens(path)
             have += found
             advance(found)
-
-    def _record(self, engine: Engine, questions: Sequence[str], count: int, name: str) -> list[Recorded]:
-        return record(engine, self.recipe.taps, questions, count, f"{self.recipe.seed} {name}")
 
 
 def count_tokens(path: Path) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from parlay.drafters.base import Drafter, Drafters
-from parlay.engine.batch import Draft
+from parlay.drafters.base import Drafter
+from parlay.engine.batch import Draft, kept_places
 from parlay.engine.engine import Engine
 from parlay.train.conversations import answers, turns
 from parlay.types import Bet, Offer, Row, RowResult
@@ -43,57 +43,72 @@ class Recorded:
 
 
 class Recorder(Drafter):
-    """Stands among the drafters and guesses nothing: it writes down what passes by."""
+    """Stands among the drafters and guesses nothing: it writes down what passes by.
+
+    Hidden states are kept by slot beside the KV, so that those of a reused prefix are there without being computed.
+    """
 
     name = "recorder"
 
     def __init__(self, engine: Engine, taps: Sequence[int]) -> None:
         self._model = engine.model
-        self.taps = tuple(sorted({*taps, self._model.segments.num_layers}))
-        self._wanted = tuple(taps)
-        self._parts: dict[int, list[torch.Tensor]] = {}
-        self._rows: dict[int, tuple[array[int], int]] = {}
-        self.recorded: list[Recorded] = []
+        self._layers = (*taps, self._model.segments.num_layers)
+        self.taps = tuple(sorted(set(self._layers)))
+        width = self._model.segments.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator,union-attr]
+        self._kept = self._model.kv.keep_beside(len(self._layers) * width).unflatten(1, (len(self._layers), width))
+        self._rows: dict[int, Row] = {}
+        self._recording = False
+        self._found: list[Recorded] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Recorded]]:
+        """Gives every choice that ends in the block."""
+        self._recording, self._found = True, []
+        yield self._found
+        self._recording = False
 
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
+        """Nothing."""
         return [None] * len(rows)
 
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+        """Nothing."""
         return [None] * len(rows)
 
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
-        start = 0
-        states = torch.stack([taps[layer] for layer in self.taps], dim=1).to(torch.bfloat16)
-        for row, got in zip(rows, results, strict=True):
-            if row.start == 0:  # a row that was preempted begins anew
-                self._parts[row.seq] = []
-                self._rows[row.seq] = row.tokens, len(row.request.prompt)
-            self._parts[row.seq].append(states[start : start + row.count].clone())
-            start += row.count + len(got.tree)
+        """Keeps the states of the step."""
+        lines, slots = kept_places(rows, results, self._model.kv.page_size)
+        states = torch.stack([taps[layer] for layer in self._layers], dim=1)
+        chosen = states[torch.tensor(lines, device=states.device)]
+        self._kept.index_copy_(0, torch.tensor(slots, device=states.device), chosen)
+        self._rows.update({row.seq: row for row in rows})
 
     def forget(self, seq: int) -> None:
-        parts, (tokens, start) = self._parts.pop(seq, []), self._rows.pop(seq, (array("i"), 0))
-        if parts:
-            states = torch.cat(parts)
-            ids, logprobs = self._next_tokens(states[:, -1])
-            hidden = states[:, [self.taps.index(layer) for layer in self._wanted]].contiguous()
-            self.recorded.append(
-                Recorded(torch.tensor(tokens[: len(states)], dtype=torch.int32), start, hidden, ids, logprobs)
-            )
+        """A choice has ended; what its pages held is there until the next step."""
+        row = self._rows.pop(seq, None)
+        if row is None or not self._recording:
+            return
+        size, count = self._model.kv.page_size, row.start + row.count
+        slots = [row.pages[place // size] * size + place % size for place in range(count)]
+        states = self._kept[torch.tensor(slots, device=self._kept.device)].cpu()
+        ids, logprobs = self._next_tokens(states[:, -1])
+        hidden = states[:, :-1].to(torch.bfloat16)
+        tokens = torch.tensor(row.tokens[:count], dtype=torch.int32)
+        self._found.append(Recorded(tokens, len(row.request.prompt), hidden, ids, logprobs))
 
     @torch.inference_mode()
     def _next_tokens(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids, logprobs = [], []
-        for logits in self._model.logits(last.to(self._model.dtype)):
+        for logits in self._model.logits(last.to(self._model.device)):
             best = logits.float().log_softmax(-1).topk(min(TOP, logits.shape[-1]), dim=-1)
-            ids.append(best.indices.to(torch.int32))
-            logprobs.append(best.values.to(torch.float16))
+            ids.append(best.indices.to("cpu", torch.int32))
+            logprobs.append(best.values.to("cpu", torch.float16))
         return torch.cat(ids), torch.cat(logprobs)
 
 
 def record(
     engine: Engine,
-    taps: Sequence[int],
+    recorder: Recorder,
     questions: Sequence[str],
     count: int,
     seed: str,
@@ -102,21 +117,17 @@ def record(
     """Has the target answer, and keeps what it went through.
 
     Args:
-        engine: Idle, without speculation and without a prefix cache, which would leave gaps.
-        taps: Layers whose hidden states are kept.
+        engine: Idle, without speculation; reads a question only once if it has a prefix cache.
+        recorder: Made for this engine, and its only drafter.
         questions: Users' turns to draw from; none to have the target make them up.
         count: Conversations.
         seed: Decides everything that is random.
         done: Called after each conversation.
     """  # fmt: skip
     asked = turns(engine, questions, count, random.Random(f"questions {seed}"))
-    recorder = Recorder(engine, taps)
-    engine.drafters, before = Drafters([recorder]), engine.drafters
-    try:
+    with recorder.recording() as found:
         answers(engine, asked, done)
-    finally:
-        engine.drafters = before
-    return recorder.recorded
+    return found
 
 
 FIELDS = ("tokens", "hidden", "ids", "logprobs")
