@@ -30,7 +30,8 @@ class RandomPolicy:
         for row in rows:
             tree = random_tree(self._rng, self._rng.randint(0, self._largest)).trim(budget, row.max_depth)
             budget -= len(tree)
-            bets.append(Bet(self._rng.choice(self._methods), tree) if tree else None)
+            bet = Bet(self._rng.choice(self._methods), tree, free=self._rng.random() < 0.5)
+            bets.append(bet if tree else None)
         return StepPlan(tuple(bets))
 
     def observe(self, rows: Sequence[Row], result: StepResult) -> None:

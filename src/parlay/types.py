@@ -252,10 +252,17 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Bet:
-    """A drafter and a tree bound to a row before any guess is drawn; the tree is an upper bound."""
+    """A drafter and a tree bound to a row before any guess is drawn; the tree is an upper bound.
+
+    Attributes:
+        method: The drafter's name.
+        tree: The shape of the guesses.
+        free: Where guesses are not sampled, the drafter may grow another tree of at most this size and depth.
+    """
 
     method: str
     tree: Tree
+    free: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,18 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from parlay.config import likely_tree, parse_bet
 from parlay.drafters.base import Drafters
+from parlay.drafters.growing import BRANCH, WIDTH
 from parlay.engine.engine import Engine
-from parlay.policy.trees import kary
+from parlay.policy.sequoia import OptimalTrees
+from parlay.policy.trees import expected_emitted, kary
 from parlay.types import Bet, Request, SamplingParams, SpeculationStats, StepPlan, Tree
-from tests.architectures import make_model, prompts_of
+from tests.architectures import make_model, plain_model, prompts_of
 from tests.drafting import engine_with
 from tests.gamblers import RandomPolicy
 
@@ -83,14 +88,14 @@ def test_guesses_do_not_depend_on_what_happened_to_the_pages(folder: Path, metho
     assert len(drafts) > 20
     fresh = engine_with(folder, method, prefix_caching=False)
     compared = 0
-    for text, tree, guesses in rng.sample(drafts, 20):
-        expected = _fresh_draft(fresh, text, tree)
+    for text, bet, guesses in rng.sample(drafts, 20):
+        expected = _fresh_draft(fresh, text, bet)
         assert expected in (None, guesses)
         compared += expected is not None
     assert compared > 12
 
 
-def _note_drafts(drafters: Drafters) -> list[tuple[tuple[int, ...], Tree, tuple[Tree, tuple[int, ...]]]]:
+def _note_drafts(drafters: Drafters) -> list[tuple[tuple[int, ...], Bet, tuple[Tree, tuple[int, ...]]]]:
     """Every draft that is made: behind which tokens, for which bet, and the guesses."""
     (drafter,) = drafters.by_name.values()
     noted, draft = [], drafter.draft
@@ -99,17 +104,17 @@ def _note_drafts(drafters: Drafters) -> list[tuple[tuple[int, ...], Tree, tuple[
         drafts = draft(rows, bets)
         for row, bet, some in zip(rows, bets, drafts, strict=True):
             if some is not None:
-                noted.append((tuple(row.tokens[: row.length]), bet.tree, (some.tree, some.tokens)))
+                noted.append((tuple(row.tokens[: row.length]), bet, (some.tree, some.tokens)))
         return drafts
 
     drafter.draft = noting  # type: ignore[method-assign]
     return noted
 
 
-def _fresh_draft(engine: Engine, text: tuple[int, ...], tree: Tree) -> tuple[Tree, tuple[int, ...]] | None:
+def _fresh_draft(engine: Engine, text: tuple[int, ...], bet: Bet) -> tuple[Tree, tuple[int, ...]] | None:
     """What the drafter guesses behind a text that nothing was known of before."""
     noted = _note_drafts(engine.drafters)
-    engine.policy = _Once(tree)
+    engine.policy = _Always(bet)
     # Heads do not guess beside a prompt, so the last token is left to the target; None where that is not what it says.
     prompt = text[:-1] if "draft_model" not in engine.drafters.by_name else text
     engine.add(Request("fresh", prompt, SamplingParams(max_tokens=8, ignore_eos=True, temperature=0)))
@@ -119,14 +124,57 @@ def _fresh_draft(engine: Engine, text: tuple[int, ...], tree: Tree) -> tuple[Tre
     return next((guesses for found, _, guesses in noted if found == text), None)
 
 
-class _Once:
-    """Bets one tree on every row that may guess."""
+class _Always:
+    """Makes the same bet on every row that it is offered for."""
 
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
+    def __init__(self, bet: Bet) -> None:
+        self._bet = bet
 
     def plan(self, rows: Any, offers: Any, budget: int) -> StepPlan:
-        return StepPlan(tuple(Bet(o[0].method, self._tree) if o else None for o in offers))
+        return StepPlan(tuple(self._bet if some else None for some in offers))
 
     def observe(self, rows: Any, result: Any) -> None:
         pass
+
+
+def test_a_free_tree_grows_where_it_is_likely(folder: Path) -> None:
+    """All nodes of the whole tree, as far as it is expanded, by their probability along the path; brute force."""
+    engine = engine_with(folder, "draft_model", likely_tree(9, 3))
+    engine.policy = _Always(Bet("draft_model", likely_tree(9, 3), free=True))
+    drafts = _note_drafts(engine.drafters)
+    prompt = (3, 1, 4, 1, 5, 9)
+    engine.add(Request("r", prompt, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)))
+    engine.step()
+    ((text, _, (tree, tokens)),) = drafts
+    plain = plain_model(folder)
+    level: dict[tuple[int, ...], float] = {(): 1.0}
+    whole: dict[tuple[int, ...], float] = {}
+    for _ in range(3):
+        expanded = sorted(level, key=lambda path: -level[path])[:WIDTH]
+        level = {}
+        for path in expanded:
+            with torch.inference_mode():
+                best = plain(input_ids=torch.tensor([[*text, *path]])).logits[0, -1].softmax(-1).topk(BRANCH)
+            for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                level[*path, token] = ({(): 1.0} | whole)[path] * chance
+        whole |= level
+    paths: list[tuple[int, ...]] = []
+    for node in range(len(tree)):
+        parent = tree.parents[node]
+        paths.append((*(paths[parent] if parent >= 0 else ()), tokens[node]))
+    assert set(paths) == set(sorted(whole, key=lambda path: -whole[path])[:9])
+
+
+def test_trees_by_size_and_depth() -> None:
+    """They are those of the dynamic program for the same odds."""
+    chances = np.array([0.6 / 4**child for child in range(8)])
+    for size, depth in ((1, 1), (5, 2), (16, 6), (24, 8)):
+        tree = parse_bet(f"eagle:{size}x{depth}")
+        assert tree is not None
+        assert tree.free
+        assert (len(tree.tree), tree.tree.depth <= depth) == (size, True)
+        best = OptimalTrees(chances, size, depth).tree(size, depth)
+        assert expected_emitted(tree.tree, chances) == pytest.approx(expected_emitted(best, chances))
+    for text in ("eagle:3x4", "eagle:0x0", "eagle:3x"):
+        with pytest.raises(ValueError, match="write off, auto"):
+            parse_bet(text)

@@ -2,9 +2,9 @@
 
 Three ways to choose a node's children, by the row's verification mode:
 
-- `greedy`: the most likely tokens. A chain stays a chain. Of a planned tree only size and depth count: it grows where
-  it is most likely to be right (EAGLE-2, Li et al. 2024): every level expands its best nodes by the product of
-  probabilities along their paths, and the best of all are kept, which are ancestor-closed. Nothing here is by chance.
+- `greedy`: the most likely tokens. Of a tree that is free only size and depth count: it grows where it is most likely
+  to be right (EAGLE-2, Li et al. 2024): every level expands its best nodes by the product of probabilities along their
+  paths, and the best of all are kept, which are ancestor-closed. Nothing here is by chance.
 - `optimal`: the planned shape, children sampled without replacement (Sequoia, Chen et al. 2024), distributions kept.
   As baselines, children sampled independently (SpecInfer, Miao et al. 2024), or the most likely ones (top-k).
 - `coupled`: the planned shape, children by the noise that verification will use (Daliri et al. 2024).
@@ -15,13 +15,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from parlay.config import TreeSampling
 from parlay.engine.batch import Draft, PackedRow, pack_row
 from parlay.engine.sampling import Path, draw_without_replacement, gumbel_at, process
-from parlay.types import Row, Tree
+from parlay.types import Bet, Row, Tree
 
 WIDTH = 6  # nodes that a level of a growing tree expands
 BRANCH = 4  # children of each
@@ -34,7 +35,7 @@ class Growth:
 
     Attributes:
         row: The row.
-        planned: The bet's tree.
+        bet: What was planned for it.
         parents: Of each node so far, -1 for the root's children.
         tokens: Of each node.
         survival: Of each node, the product of the drafter's probabilities along its path.
@@ -45,7 +46,7 @@ class Growth:
     """
 
     row: Row
-    planned: Tree
+    bet: Bet
     parents: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
@@ -54,13 +55,13 @@ class Growth:
     frontier: list[int] = field(default_factory=lambda: [-1])
     probs: list[torch.Tensor] = field(default_factory=list)
     replaced: bool = False
-    places: dict[int, list[int]] = field(init=False)  # children of the planned tree, by level order
+    planned: Tree = field(init=False)  # level by level
+    places: dict[int, list[int]] = field(init=False)  # its children
     is_free: bool = field(init=False)  # whether it grows where it is likely to be right
 
     def __post_init__(self) -> None:
-        self.is_free = self.mode == "greedy" and not self.planned.is_chain
-        if not self.is_free:
-            self.planned = by_levels(self.planned)
+        self.is_free = self.bet.free and self.mode == "greedy"
+        self.planned = by_levels(self.bet.tree)
         self.places = self.planned.children()
 
     @property
@@ -129,6 +130,7 @@ class Growth:
         return Draft(method, tree, tokens, probs, ids if self.probs else None, self.replaced)
 
 
+@lru_cache(maxsize=1024)
 def by_levels(tree: Tree) -> Tree:
     """The same shape with its nodes numbered level by level."""
     order = sorted(range(len(tree)), key=lambda node: (tree.depths[node], node))

@@ -121,7 +121,7 @@ class LevelDrafter(Drafter):
         for row, line in reading:
             self.note_read(row, line.end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
-        growths = {row.seq: Growth(row, bet.tree) for row, bet in zip(rows, bets, strict=True) if row.seq in done}
+        growths = {row.seq: Growth(row, bet) for row, bet in zip(rows, bets, strict=True) if row.seq in done}
         return growths, logits
 
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:

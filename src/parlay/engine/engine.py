@@ -65,7 +65,7 @@ class Engine:
         bet = config.speculation
         self.policy = registry.policies.create("off")
         if bet is not None:
-            self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree)
+            self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree, free=bet.free)
         self._random = random.Random(config.seed)
         generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
         self.acceptor = Acceptor(FreshDraws(generator), self.eos)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from parlay.config import EngineConfig
 from parlay.engine.blocks import Blocks, page_digest
@@ -232,7 +232,7 @@ class Scheduler:
             if bet is not None:
                 fits = (len(row.pages) + self.blocks.num_free) * size - len(row.tokens)
                 tree = bet.tree.trim(min(fits, budget), row.max_depth)
-                bet = Bet(bet.method, tree) if tree else None
+                bet = replace(bet, tree=tree) if tree else None
             if bet is not None:
                 budget -= len(bet.tree)
                 while len(row.pages) * size < len(row.tokens) + len(bet.tree):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from parlay.policy.base import PolicyRow
 from parlay.policy.synergy import LengthTable
@@ -10,18 +11,16 @@ from parlay.policy.trees import overlap, subtree
 from parlay.types import NO_TREE, Bet, Offer, StepPlan, StepResult, Tree
 
 
-def bet_alike(
-    method: str, tree: Tree, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int
-) -> StepPlan:
-    """Bets one method and at most this tree on every row that may bet, for as long as the budget lasts."""
+def bet_alike(wanted: Bet, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+    """Bets one method and at most its tree on every row that may bet, for as long as the budget lasts."""
     bets: list[Bet | None] = []
     for row, some in zip(rows, offers, strict=True):
-        offer = next((offer for offer in some if offer.method == method), None)
+        offer = next((offer for offer in some if offer.method == wanted.method), None)
         bound = NO_TREE
-        if offer is not None and tree:
-            bound = subtree(offer.tree, overlap(offer.tree, tree)).trim(budget, row.max_depth)
+        if offer is not None and wanted.tree:
+            bound = subtree(offer.tree, overlap(offer.tree, wanted.tree)).trim(budget, row.max_depth)
         budget -= len(bound)
-        bets.append(Bet(method, bound) if bound else None)
+        bets.append(replace(wanted, tree=bound) if bound else None)
     return StepPlan(tuple(bets))
 
 
@@ -41,14 +40,14 @@ class Fixed:
     Args:
         method: The drafter's name.
         tree: The largest tree of a row.
+        free: See `Bet`.
     """
 
-    def __init__(self, method: str, tree: Tree) -> None:
-        self.method = method
-        self.tree = tree
+    def __init__(self, method: str, tree: Tree, free: bool = False) -> None:
+        self.bet = Bet(method, tree, free)
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
-        return bet_alike(self.method, self.tree, rows, offers, budget)
+        return bet_alike(self.bet, rows, offers, budget)
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass
@@ -69,7 +68,7 @@ class Synergy:
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         emitting = sum(row.samples for row in rows)
         length = self.table[emitting] if emitting else 0
-        return bet_alike(self.method, Tree.chain(length), rows, offers, budget)
+        return bet_alike(Bet(self.method, Tree.chain(length)), rows, offers, budget)
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass

@@ -13,7 +13,7 @@ from parlay.policy.acceptance import Trials
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import Profile
 from parlay.policy.fixed import bet_alike
-from parlay.types import Offer, StepPlan, StepResult, Tree
+from parlay.types import Bet, Offer, StepPlan, StepResult, Tree
 
 
 class SmartSpec:
@@ -55,7 +55,7 @@ class SmartSpec:
         if probing:
             self._silent = 0
         self._steps += 1
-        return bet_alike(self.method, Tree.chain(1 if probing else self.length), rows, offers, budget)
+        return bet_alike(Bet(self.method, Tree.chain(1 if probing else self.length)), rows, offers, budget)
 
     def _best_length(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]]) -> int:
         betting = [
