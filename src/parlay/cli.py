@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from parlay import __version__
-from parlay.bench.commands import bench, demo, profile
+from parlay.bench.commands import bench, demo, measure, profile
 from parlay.bench.policy_commands import plan, simulate
 from parlay.config import Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
@@ -176,7 +176,7 @@ def pull(
     typer.echo(json.dumps({"path": folder}) if as_json else folder)
 
 
-for command in (plan, simulate, train, demo, bench, profile):
+for command in (plan, simulate, train, measure, demo, bench, profile):
     app.command()(command)
 
 

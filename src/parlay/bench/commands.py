@@ -127,6 +127,62 @@ def bench(
 
 
 @takes(engine_config)
+def measure(
+    config: EngineConfig,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, as for parlay bench; by default Parlay's own.", rich_help_panel="Load"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use this many prompts, the categories taking turns.", min=1, rich_help_panel="Load"),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token each time.", min=0, rich_help_panel="Load")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Output limit per prompt.", min=2, rich_help_panel="Load")] = 128,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1, rich_help_panel="Load")] = 8,
+    width: Annotated[int, typer.Option(help="Children of a node.", min=1, max=64, rich_help_panel="Tree")] = 4,
+    depth: Annotated[int, typer.Option(help="Levels of guesses.", min=1, max=16, rich_help_panel="Tree")] = 4,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask a live server for what its drafts came to instead, by level; no model is loaded.",
+            rich_help_panel="Live",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Whose drafts; by default the first it tells of.", rich_help_panel="Live")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Bearer token to show.", rich_help_panel="Live", envvar="PARLAY_API_KEY")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the file that parlay plan reads.", rich_help_panel="Report")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.", rich_help_panel="Report")] = False,
+) -> None:
+    """Measure how often a drafter's guesses are accepted, by level and child."""
+    from parlay.bench import measuring
+
+    if url is not None:
+        measuring.scrape(url, method, api_key, out, as_json)
+        return
+    measuring.run(
+        config,
+        dataset=dataset,
+        limit=limit,
+        temperature=temperature,
+        width=width,
+        depth=depth,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        out=out,
+        as_json=as_json,
+    )
+
+
+@takes(engine_config)
 def profile(
     config: EngineConfig,
     rows: Annotated[
