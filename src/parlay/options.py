@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -62,6 +62,14 @@ def parse_drafter(text: str) -> tuple[str, str]:
     if not (method and given and source):
         raise typer.BadParameter(f"--drafter {text!r}: write METHOD=SOURCE, as eagle=FOLDER_OR_ID")
     return method, source
+
+
+def parse_drafters(texts: Sequence[str]) -> dict[str, str]:
+    """Reads them all, each method's once."""
+    found = dict(map(parse_drafter, texts))
+    if len(found) < len(texts):
+        raise typer.BadParameter("--drafter: name every method once")
+    return found
 
 
 def _option(help: str, *names: str, panel: str, **settings: Any) -> Any:
@@ -149,7 +157,7 @@ def engine_config(
         page_size=page_size,
         prefix_caching=prefix_caching,
         speculation=parse_bet(speculation),
-        drafters=dict(map(parse_drafter, drafter or ())),
+        drafters=parse_drafters(drafter or ()),
         tree_sampling=tree_sampling,
         parity=parity,
         seed=seed,

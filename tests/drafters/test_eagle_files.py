@@ -110,6 +110,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any]
         nothing, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}, "this model has 2"
     ),
     "no description": (nothing, {"hidden_size": None}, "describes no EAGLE-3 head"),
+    "another encoding of positions": (
+        nothing, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "position encoding .llama3. is not"
+    ),
     "another residual": (nothing, {"norm_before_residual": True}, "norm_before_residual is not supported"),
 }  # fmt: skip
 
@@ -151,7 +154,7 @@ def test_what_is_said_about_drafters(folder: Path, tmp_path: Path) -> None:
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     for method, drafters, message in (
-        ("eagle", {}, "there is no head for this model; name one with --drafter eagle="),
+        ("eagle", {}, "name a head with --drafter eagle="),
         ("draft_model", {}, "name the model with --drafter draft_model="),
         ("draft_model", {"draft_model": str(other)}, "has another tokenizer than the model"),
         ("draft_model", {"draft_model": str(tmp_path / "nowhere")}, "does not exist: check the path"),

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from parlay.config import likely_tree, parse_bet
+from parlay.config import EngineConfig, likely_tree, parse_bet
 from parlay.drafters.base import Drafters
 from parlay.drafters.growing import BRANCH, WIDTH
 from parlay.engine.engine import Engine
@@ -20,6 +21,7 @@ from parlay.types import Bet, Request, SamplingParams, SpeculationStats, StepPla
 from tests.architectures import make_model, plain_model, prompts_of
 from tests.drafting import engine_with
 from tests.gamblers import RandomPolicy
+from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 
@@ -178,3 +180,22 @@ def test_trees_by_size_and_depth() -> None:
     for text in ("eagle:3x4", "eagle:0x0", "eagle:3x"):
         with pytest.raises(ValueError, match="write off, auto"):
             parse_bet(text)
+
+
+def test_a_draft_model_with_less_context_and_fewer_tokens(folder: Path, tmp_path: Path) -> None:
+    """It guesses as far as it can, rows that it cannot read get no guesses, and it is not switched off."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE - 2, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=24, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).double().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    bet = Bet("draft_model", Tree.chain(4))
+    options: dict[str, Any] = {"speculation": bet, "drafters": {"draft_model": str(tmp_path)}, "self_check": False}
+    engine = Engine(EngineConfig(str(folder), dtype="float64", **options))
+    drafts = _note_drafts(engine.drafters)
+    found = finish(engine, [(3,) * 10, (3, VOCAB_SIZE - 1, 4)], temperature=0)
+    assert not engine.drafters.failed
+    assert max(len(text) + len(tree) for text, _, (tree, _) in drafts) == 24
+    assert found["0"].drafted
+    assert not found["1"].drafted

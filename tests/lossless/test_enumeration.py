@@ -91,8 +91,10 @@ def independent_children(probs: torch.Tensor, count: int) -> Iterator[tuple[tupl
             yield values, weight
 
 
-def sampled_drafts(tree: Tree, proposal: Law, replaced: bool = False) -> Iterator[tuple[Draft, float]]:
-    """Every tree of values that a sampling drafter could draw, with its probability."""
+def sampled_drafts(
+    tree: Tree, proposal: Law, replaced: bool = False, ids: tuple[int, ...] | None = None
+) -> Iterator[tuple[Draft, float]]:
+    """Every tree of values that a sampling drafter could draw, with its probability; it may know some tokens only."""
     draws = independent_children if replaced else drawn_children
     children = tree.children()
 
@@ -103,6 +105,7 @@ def sampled_drafts(tree: Tree, proposal: Law, replaced: bool = False) -> Iterato
         node, *rest = inner
         path = path_to(tree, tuple(tokens.get(i, -1) for i in range(len(tree))), node)
         for values, weight in draws(proposal(path), len(children[node])):
+            values = values if ids is None else tuple(ids[value] for value in values)
             chosen = tokens | dict(zip(children[node], values, strict=True))
             for filled, share in fill(rest, chosen):
                 yield filled, weight * share
@@ -111,7 +114,8 @@ def sampled_drafts(tree: Tree, proposal: Law, replaced: bool = False) -> Iterato
     for filled, weight in fill(inner, {}):
         tokens = tuple(filled[i] for i in range(len(tree)))
         probs = torch.stack([proposal(path_to(tree, tokens, node)) for node in inner]) if inner else None
-        yield Draft("test", tree, tokens, probs, replaced=replaced), weight
+        known = None if ids is None else torch.tensor(ids)
+        yield Draft("test", tree, tokens, probs, known, replaced), weight
 
 
 def fixed_draft(tree: Tree, seed: int, vocab: int) -> Draft:
@@ -170,6 +174,16 @@ def test_optimal_is_exact_for_sampled_children(name: str, support: int | None) -
     target, proposal = random_law(1, vocab), random_law(2, vocab, support)
     error = largest_error(sampled_drafts(TREES[name], proposal), target, vocab, SamplingParams())
     assert error < 1e-12
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("support", [None, 1, 2], ids=["full", "one", "two"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["sequoia", "specinfer"])
+def test_optimal_is_exact_for_drafters_that_know_some_tokens(name: str, support: int | None, replaced: bool) -> None:
+    """A reduced vocabulary, also where the drafter's mass is used up before its children are."""
+    target, proposal = random_law(1, 4), random_law(2, 3, support)
+    drafts = sampled_drafts(TREES[name], proposal, replaced, ids=(0, 1, 3))
+    assert largest_error(drafts, target, 4, SamplingParams()) < 1e-12
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -46,11 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def exact_law(folder: Path) -> dict[tuple[int, ...], float]:
-    """The model's probability of every continuation of PROMPT."""
+def exact_law(folder: Path, top_k: int = 0) -> dict[tuple[int, ...], float]:
+    """The model's probability of every continuation of PROMPT, where it chooses among its best tokens."""
     every = list(itertools.product(range(VOCAB), repeat=LENGTH))
     with torch.inference_mode():
         logits = plain_model(folder)(input_ids=torch.tensor([PROMPT + tail for tail in every])).logits
+    logits = logits.masked_fill(logits < logits.topk(top_k or VOCAB).values[..., -1:], float("-inf"))
     chosen = logits.log_softmax(-1)[:, len(PROMPT) - 1 : -1].gather(2, torch.tensor(every)[:, :, None])
     return dict(zip(every, chosen.sum((1, 2)).exp().tolist(), strict=True))
 
@@ -88,10 +89,18 @@ def test_drafters_that_sample_change_nothing(folder: Path, method: str, sampling
     check_law(folder, engine, "optimal", method, samples=2000)
 
 
-def check_law(folder: Path, engine: Engine, mode: str, method: str, samples: int = SAMPLES) -> None:
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_fewer_possible_tokens_than_siblings_change_nothing(folder: Path, method: str) -> None:
+    """Where a filter leaves less than there are siblings, the others are uniform over what the drafter can say."""
+    check_law(folder, make_engine(folder, method, dtype="float64"), "optimal", method, samples=3000, top_k=2)
+
+
+def check_law(folder: Path, engine: Engine, mode: str, method: str, samples: int = SAMPLES, top_k: int = 0) -> None:
     for number in range(samples):
         seed = number if mode == "coupled" else None
-        engine.add(Request(str(number), PROMPT, SamplingParams(max_tokens=LENGTH, seed=seed, ignore_eos=True)))
+        engine.add(
+            Request(str(number), PROMPT, SamplingParams(max_tokens=LENGTH, seed=seed, ignore_eos=True, top_k=top_k))
+        )
     found: dict[str, tuple[int, ...]] = {}
     accepted = 0
     while engine.has_work:
@@ -99,7 +108,7 @@ def check_law(folder: Path, engine: Engine, mode: str, method: str, samples: int
             found[delta.request_id] = (*found.get(delta.request_id, ()), *delta.tokens)
             accepted += delta.stats.accepted
     assert (accepted > samples / 8) == (method != "none")
-    law = exact_law(folder)
+    law = exact_law(folder, top_k)
     common = [sequence for sequence, probability in law.items() if probability * samples >= 5]
     counts = Counter(found.values())
     observed = [counts[sequence] for sequence in common]

@@ -106,6 +106,24 @@ def test_data_of_another_kind_is_not_mixed_in(folder: Path, data: Path, tmp_path
         train(order(folder, tmp_path, data, seed=1))
 
 
+def test_what_cannot_go_on_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:
+    train(order(folder, tmp_path, data, epochs=1))
+    with pytest.raises(ValueError, match="was trained with another vocab; name another folder"):
+        train(order(folder, tmp_path, data, epochs=1, vocab=100))
+    train(order(folder, tmp_path, data, epochs=1, tokens=2500))  # it keeps the data that it began with
+    with pytest.raises(ValueError, match="taps: must be layers from 0 to 2, not 1, 99"):
+        train(order(folder, tmp_path / "other", data, taps=(1, 99)))
+    with pytest.raises(ValueError, match="none leaves room for an answer"):
+        train(order(folder, tmp_path / "long", tmp_path / "nothing", prompts=("word " * 400,)))
+
+
+def test_time_that_is_over_at_once(folder: Path, data: Path, tmp_path: Path) -> None:
+    """A head that was not trained can be gone on with."""
+    card = train(order(folder, tmp_path, data, minutes=1e-6))
+    assert card.evaluations[-1].step == 0
+    assert train(order(folder, tmp_path, data)).evaluations[-1].step > 0
+
+
 def test_given_prompts_are_answered(folder: Path) -> None:
     engine = Engine(EngineConfig(str(folder), speculation=None, self_check=False))
     asked = turns(engine, ["the thing", "another"], 6, random.Random(0))

@@ -9,13 +9,13 @@ import torch
 
 from parlay.config import EngineConfig
 from parlay.drafters.levels import LevelDrafter
-from parlay.engine.attention import forward_batch
+from parlay.engine.attention import UnsupportedModel, forward_batch
 from parlay.engine.batch import ForwardBatch
 from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compilable, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
-from parlay.types import Tree
+from parlay.types import Row, Tree
 
 
 class DraftModel(LevelDrafter):
@@ -32,6 +32,8 @@ class DraftModel(LevelDrafter):
     def __init__(self, loaded: LoadedModel, tree: Tree, seed: int = 0) -> None:
         super().__init__(tree, loaded.device, seed)
         self._loaded = loaded
+        self._tokens = int(loaded.model.get_input_embeddings().weight.shape[0])
+        self._looked_at: dict[int, tuple[int, bool]] = {}  # by row: how many tokens, and whether one is not its own
         self.bytes_per_position = PagedKV.bytes_per_position(loaded.shapes, loaded.dtype)
 
     @classmethod
@@ -40,7 +42,10 @@ class DraftModel(LevelDrafter):
         if source is None:
             raise ValueError("drafter draft_model: name the model with --drafter draft_model=FOLDER_OR_ID")
         dtype: Any = str(target.dtype).removeprefix("torch.")
-        loaded = load_model(resolve(source), EngineConfig(source, dtype=dtype, device=str(target.device)))
+        try:
+            loaded = load_model(resolve(source), EngineConfig(source, dtype=dtype, device=str(target.device)))
+        except UnsupportedModel as error:
+            raise ValueError(f"drafter draft_model: {source} cannot be run ({error}); take another model") from error
         _require_same_tokens(loaded, target, source)
         return cls(loaded, tree)
 
@@ -55,6 +60,18 @@ class DraftModel(LevelDrafter):
     def compilables(self) -> list[Compilable]:
         """See `Drafter`."""
         return [whole_model(self._model, "the draft model")]
+
+    def reach(self, row: Row) -> int:
+        """Not beyond its own context, and not behind a token that it does not have."""
+        done, strange = self._looked_at.get(row.seq, (0, False))
+        strange = strange or any(token >= self._tokens for token in row.tokens[done : row.length])
+        self._looked_at[row.seq] = row.length, strange
+        return 0 if strange else max(0, min(row.max_depth, self._loaded.context - row.length))
+
+    def forget(self, seq: int) -> None:
+        """See `Drafter`."""
+        super().forget(seq)
+        self._looked_at.pop(seq, None)
 
     def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
         """See `LevelDrafter`."""

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from parlay.drafters.eagle_files import load_head, shipped_head
+from parlay.drafters.eagle_files import load_head
 from parlay.drafters.eagle_head import EagleHead, rotary
 from parlay.drafters.levels import LevelDrafter
 from parlay.engine import self_check
@@ -55,8 +55,11 @@ class Eagle(LevelDrafter):
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
-        """See `Drafter`. The built-in model has a head that comes with Parlay."""
-        source = source or shipped_head(target)
+        """See `Drafter`."""
+        if source is None:
+            raise ValueError(
+                "drafter eagle: name a head with --drafter eagle=FOLDER_OR_ID, or make one with parlay train"
+            )
         return cls(load_head(source, target), tree, target)
 
     def attach(self, target: TargetModel) -> None:
@@ -109,9 +112,9 @@ class Eagle(LevelDrafter):
         embedded = self._embed(batch.tokens)[None]
         return before[None], ((embedded, self._cos[batch.positions], self._sin[batch.positions]), {})
 
-    def may_guess(self, row: Row) -> bool:
+    def reach(self, row: Row) -> int:
         """The feature before the last known token must be there."""
-        return row.start >= row.length - 1
+        return row.max_depth if row.start >= row.length - 1 else 0
 
     def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
         """See `LevelDrafter`."""
@@ -121,9 +124,12 @@ class Eagle(LevelDrafter):
         else:
             before = self._outputs[torch.tensor(parents, device=self.device)]
         hidden, noted = self._inputs(batch, before)
-        with forward_batch(self._attention(self._kv, batch)):
-            out = self._program(hidden, noted) if self._program else None
-            hidden = self.head.midlayer(hidden, *noted[0]) if out is None else out
+        step = self._attention(self._kv, batch)
+        if self._program is not None and isinstance(step, PathAttention):
+            hidden = self._program.run(hidden, noted[0], step)
+        else:
+            with forward_batch(step):
+                hidden = self.head.midlayer(hidden, *noted[0])
         self._outputs = hidden[0].index_select(0, batch.reads)
         return self.head.logits(self._outputs)
 

@@ -48,21 +48,6 @@ def load_head(source: str, target: LoadedModel) -> EagleHead:
     return head
 
 
-def shipped_head(target: LoadedModel) -> str:
-    """The folder of the head that comes with Parlay.
-
-    Raises:
-        ValueError: when there is none for this target.
-    """
-    folder = Path(__file__).with_name("heads") / str(target.source.built_in)
-    if not folder.is_dir():
-        raise ValueError(
-            "drafter eagle: there is no head for this model; name one with --drafter eagle=FOLDER_OR_ID, or make one "
-            "with parlay train"
-        )
-    return str(folder)
-
-
 def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
     """Writes a head; in int8 every output of a product has a scale of its own."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +132,7 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], s
 def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: LoadedModel, source: str) -> HeadShape:
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         shape = HeadShape(
             hidden=hidden,
             target_hidden=int(config.get("target_hidden_size") or hidden),
@@ -156,11 +142,14 @@ def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: 
             head_size=int(config.get("head_dim") or hidden // heads),
             vocab=int(config.get("draft_vocab_size") or config["vocab_size"]),
             taps=_taps(config, len(target.shapes)),
-            rope_theta=float(config.get("rope_theta") or 10000.0),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             norm_eps=float(config.get("rms_norm_eps") or 1e-5),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {CONFIG} lacks or garbles {error}; it describes no EAGLE-3 head") from error
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"drafter {source}: its position encoding ({kind}) is not supported; take another head")
     if config.get("norm_before_residual"):
         raise ValueError(f"drafter {source}: norm_before_residual is not supported; take another head")
     found = int(target.model.get_input_embeddings().weight.shape[1])

@@ -52,9 +52,9 @@ class EarlyExit(LevelDrafter):
         """Nothing to note: what it writes is the target's to keep."""
         del row, end, guesses
 
-    def may_guess(self, row: Row) -> bool:
+    def reach(self, row: Row) -> int:
         """Not beside a prompt: what this step reads would be read twice."""
-        return row.start >= row.length - 1
+        return row.max_depth if row.start >= row.length - 1 else 0
 
     def forward(self, batch: ForwardBatch, parents: Sequence[int] | None) -> torch.Tensor:
         """See `LevelDrafter`."""

@@ -21,7 +21,7 @@ import torch
 
 from parlay.config import TreeSampling
 from parlay.engine.batch import Draft, PackedRow, pack_row
-from parlay.engine.sampling import Path, draw_without_replacement, gumbel_at, process
+from parlay.engine.sampling import Path, argmax, draw_without_replacement, gumbel_at, process
 from parlay.types import Bet, Row, Tree
 
 WIDTH = 6  # nodes that a level of a growing tree expands
@@ -74,6 +74,7 @@ class Growth:
 
     def add(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
         """Puts children behind a node, in draw order."""
+        assert self.is_free or len(tokens) == len(self.places[parent]), "fewer tokens than planned siblings"
         before = self.survival[parent] if parent >= 0 else 1.0
         for token, probability in zip(tokens, probabilities, strict=True):
             self.parents.append(parent)
@@ -104,6 +105,8 @@ class Growth:
 
     def path(self, node: int) -> Path:
         """What the processing of the logits behind a node may depend on; -1 is the root."""
+        if (plain := Path(self.row.request.params, (), ())).is_plain:
+            return plain
         guesses: list[int] = []
         while node >= 0:
             guesses.append(self.tokens[node])
@@ -164,6 +167,11 @@ def draw_children(
         some = [lines[line] for line in members]
         counts = [growth.branches(node) for growth, node in some]
         chosen = logits if len(members) == len(lines) else logits[torch.tensor(members, device=logits.device)]
+        if mode == "greedy" and max(counts) == 1 and all(Path(g.row.request.params, (), ()).is_plain for g, _ in some):
+            found = argmax(chosen)[:, None]  # nobody asks how sure it is: one child is no tree
+            tokens = found if ids is None else ids[found]
+            drawn |= {line: (row, [1.0]) for line, row in zip(members, tokens.tolist(), strict=True)}
+            continue
         chosen = _processed(chosen, [growth.path(node) for growth, node in some], ids)
         found, sure = _children(mode if mode != "optimal" else sampling, some, chosen, max(counts), ids, generator)
         tokens = found if ids is None else ids[found]

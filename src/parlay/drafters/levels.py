@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,10 +56,9 @@ class LevelDrafter(Drafter):
             [N, V] logits of what is read.
         """
 
-    def may_guess(self, row: Row) -> bool:
-        """Whether it can go on from the row's last known token in this step."""
-        del row
-        return True
+    def reach(self, row: Row) -> int:
+        """How many levels it can guess behind the row's last known token in this step; 0 for none."""
+        return row.max_depth
 
     def read_from(self, row: Row) -> int:
         """The first known token that it still has to read."""
@@ -72,7 +72,7 @@ class LevelDrafter(Drafter):
         """See `Drafter`."""
         offers: list[Offer | None] = []
         for row in rows:
-            tree = self.tree.trim(len(self.tree), row.max_depth) if self.may_guess(row) else None
+            tree = self.tree.trim(len(self.tree), self.reach(row))
             unread = row.length - 1 - self.read_from(row) if tree else 0
             offers.append(Offer(self.name, tree, catch_up=unread) if tree else None)
         return offers
@@ -105,7 +105,8 @@ class LevelDrafter(Drafter):
         """
         budget = CATCH_UP
         packed: dict[int, tuple[Row, PackedRow]] = {}
-        willing = [row for row in rows if self.may_guess(row)]
+        reach = {row.seq: self.reach(row) for row in rows}
+        willing = [row for row in rows if reach[row.seq] > 0]
         for row in sorted(willing, key=lambda row: row.length - self.read_from(row)):
             first = self.read_from(row)
             end = min(row.length, first + budget)
@@ -121,7 +122,11 @@ class LevelDrafter(Drafter):
         for row, line in reading:
             self.note_read(row, line.end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
-        growths = {row.seq: Growth(row, bet) for row, bet in zip(rows, bets, strict=True) if row.seq in done}
+        growths = {
+            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])))
+            for row, bet in zip(rows, bets, strict=True)
+            if row.seq in done
+        }
         return growths, logits
 
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:

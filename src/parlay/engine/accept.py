@@ -192,8 +192,8 @@ class Acceptor:
 
         R starts as the target's distribution and D as the drafter's. Child s is accepted with probability
         min(1, R[s] / D[s]); otherwise R becomes the normalised max(R - D, 0) and s leaves D. When D is used up it
-        becomes uniform over what has not been rejected. After the last child the token is a sample from R. Where
-        children were drawn with replacement, D stays as it is.
+        becomes uniform over what the drafter can say and has not been rejected. After the last child the token is a
+        sample from R. Where children were drawn with replacement, D stays as it is.
 
         Args:
             walks: Rows whose current node has sampled children.
@@ -209,6 +209,10 @@ class Acceptor:
         )
         result = torch.full((len(walks),), -1, dtype=torch.long, device=target.device)
         rejected = torch.zeros_like(target, dtype=torch.bool)
+        for i, walk in enumerate(walks):
+            if walk.draft is not None and walk.draft.ids is not None:  # what it cannot say it never draws
+                rejected[i] = True
+                rejected[i, walk.draft.ids] = False
         target = target.clone()
         for turn in range(max(map(len, options))):
             lines = [i for i, some in enumerate(options) if turn < len(some) and result[i] < 0]

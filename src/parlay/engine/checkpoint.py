@@ -43,13 +43,11 @@ class ModelSource:
         path: A local folder or a hub id.
         gguf_file: The GGUF file in that folder, where the weights are one.
         local: Whether nothing has to be fetched.
-        built_in: Its short name, where it has one.
     """
 
     path: str
     gguf_file: str | None = None
     local: bool = True
-    built_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def resolve(model: str) -> ModelSource:
         CheckpointError: for a name that cannot be a model, a path that is not there, and unsafe weights.
     """
     if model in BUILT_IN:
-        return ModelSource(str(pull(model)), built_in=model)
+        return ModelSource(str(pull(model)))
     path = Path(model).expanduser()
     if path.is_dir():
         _check_folder(path)

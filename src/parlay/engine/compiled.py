@@ -150,6 +150,10 @@ class LayerProgram:
         step, tensors = current_step(), self._arguments.tensors(noted)
         if tensors is None or not isinstance(step, PathAttention):
             return None
+        return self.run(hidden, tensors, step)
+
+    def run(self, hidden: torch.Tensor, tensors: Sequence[torch.Tensor], step: PathAttention) -> torch.Tensor:
+        """The same for one who knows which tensors are the layer's other arguments."""
         return self._run([hidden, *tensors, *step.paths.tensors, step.kv.pools[self._index], *self._state])[0]
 
 

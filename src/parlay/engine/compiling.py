@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from parlay.config import Compile
 from parlay.engine import self_check
-from parlay.engine.attention import UnsupportedModel
 from parlay.engine.compiled import CompiledLayers, LayerProgram
 from parlay.engine.model import TargetModel
 
@@ -80,7 +79,7 @@ class Compiling:
         try:
             self._what.adopt(found.programs())
             logger.info("the compiled layers of %s are in use", self._what.name)
-        except (UnsupportedModel, RuntimeError) as error:  # the latter from the compiler or a program itself
+        except Exception as error:  # the compiler, its files and its programs raise what they like
             logger.warning("the layers of %s run as they are: %s", self._what.name, _first_line(error))
         return True
 

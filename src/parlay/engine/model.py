@@ -62,7 +62,6 @@ class LoadedModel:
     returns_tuple: bool
     device: torch.device
     dtype: torch.dtype
-    source: ModelSource
 
     @property
     def context(self) -> int:
@@ -127,7 +126,6 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         returns_tuple=returns_tuple[0],
         device=device,
         dtype=dtype,
-        source=source,
     )
     _refuse_if(_window_refusal(loaded))
     return loaded

@@ -152,7 +152,7 @@ def batches(texts: Sequence[Recorded], size: int, chance: random.Random | None) 
         groups[-1].append((text, at))
     if chance:
         chance.shuffle(groups)
-    yield from (_batch(group) for group in groups)
+    yield from (_batch(group) for group in groups if group)
 
 
 def _batch(parts: Sequence[tuple[Recorded, int]]) -> Batch:

@@ -69,10 +69,12 @@ class EagleObjective:
             [depth] how many of the chains have their k-th guess accepted, and the number of chains.
         """
         following = batch.tokens[:, 1:]
-        greedy = batch.answer[:, :-1] & (batch.ids[:, :-1, 0] == following) & (batch.probs[:, 1:, 0] > 0)
+        answer = batch.answer[:, :-1] & (batch.probs[:, 1:, 0] > 0)
+        # A sampled answer would count guesses as wrong that were right.
+        greedy = ((batch.ids[:, :-1, 0] == following) | ~answer).all(1, keepdim=True)
         # A chain must not begin where it would leave the text.
-        room = torch.nn.functional.pad(greedy, (0, depth))[:, depth:]
-        alive = greedy & room
+        room = torch.nn.functional.pad(answer, (0, depth))[:, depth:]
+        alive = answer & greedy & room
         chains, found = int(alive.sum()), []
         for turn, out in enumerate(self._run(batch, depth)):
             guess = self.module.ids[self.module.logits(out[:, :-1]).argmax(-1)]
@@ -130,7 +132,7 @@ def new_head(
 def _begin_as(head: EagleHead, model: Any) -> None:
     """Copies what fits of the target's last layer and norm; measured, this saves half of the steps."""
     weights = model.state_dict()
-    last = len(head.shape.taps) and f".{model.config.num_hidden_layers - 1}."
+    last = f".{model.config.num_hidden_layers - 1}."
     layer = {name.split(last, 1)[1]: tensor for name, tensor in weights.items() if last in name}
     own = dict(head.midlayer.named_parameters())
     hidden = head.shape.hidden

@@ -6,17 +6,19 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from parlay.train.dataset import Batch, Dataset, batches, read
 
+CHECKPOINT = "checkpoint.safetensors"
 WARM_UP = 30  # steps
 FLOOR = 0.03  # of the learning rate at the end
 CLIP = 0.5  # norm of a step's gradient
@@ -90,6 +92,8 @@ class Training:
         objective: What to train.
         data: What on.
         schedule: How long.
+        files: Of the dataset, which to train on.
+        order: What is trained; another order's checkpoint is not gone on with.
         folder: Where checkpoints are kept.
         show: Told the step, the number of steps, the loss, the first guesses' acceptance and tokens per second.
     """
@@ -99,12 +103,15 @@ class Training:
         objective: Objective,
         data: Dataset,
         schedule: Schedule,
+        files: Sequence[Path],
+        order: Mapping[str, object],
         folder: Path,
         show: Callable[[float, str], None],
     ) -> None:
         self._objective, self._data, self._schedule, self._show = objective, data, schedule, show
-        self._checkpoint = folder / "checkpoint.safetensors"
-        self._about = folder / "checkpoint.json"
+        self._checkpoint = folder / CHECKPOINT
+        self._files = list(files)
+        self._order_of = json.loads(json.dumps(dict(order)))
         parameters = [weight for weight in objective.module.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(
             parameters, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -115,17 +122,18 @@ class Training:
     def run(self) -> list[Evaluation]:
         """Trains from where the last checkpoint is to the end, and returns all evaluations."""
         self._resume()
-        files = self._data.files
+        files = self._files
         sizes = [sum(1 for _ in batches(read(file), self._schedule.batch, None)) for file in files]
         steps = sum(sizes) * self._schedule.epochs
         done, number = self._state, 0
-        last_saved = began = time.monotonic() - done.seconds
         loss_seen, first_seen = math.nan, math.nan
         if not self.evaluations:
             self._evaluate()
+        began = time.monotonic() - done.seconds
+        last_saved, is_over = time.monotonic(), False
         for file in self._order(files):
             size = sizes[files.index(file)]
-            if number + size <= done.step:
+            if is_over or number + size <= done.step:
                 number += size
                 continue
             chance = random.Random(f"{self._schedule.seed} {number}")
@@ -135,7 +143,7 @@ class Training:
                     continue
                 done.seconds = time.monotonic() - began
                 progress = max(done.step / steps, done.seconds / self._schedule.seconds)
-                if progress >= 1:
+                if is_over := progress >= 1:
                     break
                 loss, first = self._step(batch, progress)
                 done.step, done.tokens = number, done.tokens + batch.count
@@ -194,20 +202,41 @@ class Training:
             tensors[f"weight {name}"] = weight.detach()
             for key, value in self._optimizer.state[weight].items():
                 tensors[f"{key} {name}"] = value
+        about = {
+            "state": asdict(self._state),
+            "evaluations": [asdict(one) for one in self.evaluations],
+            "files": [file.name for file in self._files],
+            "order": self._order_of,
+        }
         partial = self._checkpoint.with_suffix(".partial")
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata={"about": json.dumps(about)})
         partial.rename(self._checkpoint)
-        about = {"state": asdict(self._state), "evaluations": [asdict(one) for one in self.evaluations]}
-        self._about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def _resume(self) -> None:
-        if not self._checkpoint.exists():
+        about = read_about(self._checkpoint.parent)
+        if about is None:
             return
-        about, tensors = json.loads(self._about.read_text(encoding="utf-8")), load_file(self._checkpoint)
+        if about["order"] != self._order_of:
+            changed = sorted(name for name, value in self._order_of.items() if about["order"].get(name) != value)
+            raise ValueError(
+                f"out: {self._checkpoint.parent.parent} holds what was trained with another {', '.join(changed)}; name "
+                "another folder"
+            )
+        tensors = load_file(self._checkpoint)
         self._state = _State(**about["state"])
         self.evaluations = [Evaluation(**(one | {"accepted": tuple(one["accepted"])})) for one in about["evaluations"]]
         with torch.no_grad():
             for name, weight in self._named().items():
                 weight.copy_(tensors[f"weight {name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self._optimizer.state[weight] = {key: tensors[f"{key} {name}"] for key in keys}
+                if f"step {name}" in tensors:  # not before the first step
+                    keys = ("step", "exp_avg", "exp_avg_sq")
+                    self._optimizer.state[weight] = {key: tensors[f"{key} {name}"] for key in keys}
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """Where a training stands that was broken off; None where there is none."""
+    checkpoint = folder / CHECKPOINT
+    if not checkpoint.exists():
+        return None
+    with safe_open(checkpoint, "pt") as file:
+        return dict(json.loads(file.metadata()["about"]))

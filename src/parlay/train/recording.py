@@ -125,8 +125,12 @@ def record(
         done: Called after each conversation.
     """  # fmt: skip
     asked = turns(engine, questions, count, random.Random(f"questions {seed}"))
+    if not asked:
+        raise ValueError("prompts: none leaves room for an answer within the model's context; give shorter ones")
     with recorder.recording() as found:
         answers(engine, asked, done)
+    if len(found) != len(asked):  # an engine goes on without a drafter that fails
+        raise RuntimeError("recording failed; the log says why")
     return found
 
 

@@ -25,11 +25,12 @@ from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
 from parlay.train.dataset import Dataset, Recipe, count_tokens, read
 from parlay.train.eagle import EagleObjective, new_head
-from parlay.train.loop import DEPTH, Evaluation, Schedule, Training
+from parlay.train.loop import DEPTH, Evaluation, Schedule, Training, read_about
 from parlay.train.losses import Divergence
 
 Kind = Literal["eagle"]
 KINDS = get_args(Kind)
+WORK = "training"  # the folder in which unfinished work is kept
 RECORDING = 64  # conversations that run at a time
 DATA_SHARE = 0.5  # of the time, at most, goes to recording
 
@@ -46,7 +47,7 @@ class Order:
         prompts: Users' turns to answer; none to have the target make them up.
         tokens: To record.
         disk: Bytes that they may take.
-        minutes: For everything.
+        minutes: For everything; for the rest, where it goes on.
         epochs: Times over the data.
         batch: Tokens in a step.
         rate: Highest learning rate.
@@ -131,17 +132,22 @@ def train(order: Order) -> Card:
         ValueError: naming what does not fit together.
     """
     began = time.monotonic()
-    target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32"))
+    target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
     taps = order.taps or default_taps(len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
+    if not taps or not all(0 <= tap <= len(target.shapes) for tap in taps):
+        raise ValueError(
+            f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, taps)) or 'none'}"
+        )
     data = Dataset(order.data, Recipe(order.model, taps, order.seed, prints))
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         recording, training = bar.add_task("recording", total=order.tokens), bar.add_task("training", total=1.0)
-        _fill(order, data, began, lambda count: bar.advance(recording, count))
+        if read_about(order.out / WORK) is None:  # what is being trained keeps its data
+            _fill(order, data, began, lambda count: bar.advance(recording, count))
         bar.update(recording, completed=order.tokens)
         evaluations, parameters = _train(
-            order, target, data, lambda done, what: bar.update(training, completed=done, description=what)
+            order, began, target, data, lambda done, what: bar.update(training, completed=done, description=what)
         )
         bar.update(training, completed=1.0)
     card = Card(
@@ -178,19 +184,29 @@ def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], No
 
 
 def _train(
-    order: Order, target: LoadedModel, data: Dataset, show: Callable[[float, str], None]
+    order: Order, began: float, target: LoadedModel, data: Dataset, show: Callable[[float, str], None]
 ) -> tuple[Sequence[Evaluation], int]:
     torch.manual_seed(order.seed)
-    work = order.out / "training"
+    work = order.out / WORK
     work.mkdir(parents=True, exist_ok=True)
-    texts = (text for file in data.files for text in read(file))
+    about = read_about(work)
+    files = data.files if about is None else [data.folder / name for name in about["files"]]
+    texts = (text for file in files for text in read(file))
     head = new_head(target.model, data.recipe.taps, texts, order.vocab, order.intermediate)
     embedding = target.model.get_input_embeddings().weight.detach()
     objective = EagleObjective(head, embedding, order.turns, order.divergence)
-    schedule = Schedule(order.epochs, order.batch, order.rate, 60 * order.minutes * (1 - DATA_SHARE), order.seed)
-    evaluations = Training(objective, data, schedule, work, show).run()
+    trained = about["state"]["seconds"] if about else 0.0
+    left = max(1e-3, 60 * order.minutes - (time.monotonic() - began))
+    schedule = Schedule(order.epochs, order.batch, order.rate, trained + left, order.seed)
+    evaluations = Training(objective, data, schedule, files, _identity(order), work, show).run()
     save_head(head, order.out, order.int8)
     return evaluations, sum(weight.numel() for weight in head.parameters())
+
+
+def _identity(order: Order) -> dict[str, object]:
+    """What must be the same for a training to go on."""
+    free = ("prompts", "out", "data", "tokens", "disk", "minutes", "int8", "compile")
+    return {name: value for name, value in asdict(order).items() if name not in free}
 
 
 def _versions() -> dict[str, str]:
