@@ -167,7 +167,7 @@ def test_a_compiler_that_fails_harms_nobody(
     monkeypatch.setenv("CXX", "/bin/false")
     engine = engine_of(llama, "wait", page_size=2)
     assert not any(programs(engine))
-    assert "the layers run as they are" in caplog.text
+    assert "run as they are" in caplog.text
     assert answer(engine)
     assert not list((cache / "compiled").glob("*.exported*"))
 
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
     assert not any(programs(engine_of(llama, "wait")))
-    assert "the layers cannot be compiled" in caplog.text
+    assert "cannot be compiled" in caplog.text
 
 
 def test_an_exporter_that_fails_without_a_word_harms_nobody(
@@ -189,7 +189,7 @@ def test_an_exporter_that_fails_without_a_word_harms_nobody(
 
     monkeypatch.setattr(torch.export, "export", fail)
     assert not any(programs(engine_of(llama, "wait", page_size=2)))
-    assert "they run as they are: AssertionError" in caplog.text
+    assert "and run as they are: AssertionError" in caplog.text
 
 
 def test_a_full_disk_harms_nobody(
