@@ -196,7 +196,7 @@ def _train(
     embedding = target.model.get_input_embeddings().weight.detach()
     objective = EagleObjective(head, embedding, order.turns, order.divergence)
     trained = about["state"]["seconds"] if about else 0.0
-    left = max(1e-3, 60 * order.minutes - (time.monotonic() - began))
+    left = max(1e-9, 60 * order.minutes - (time.monotonic() - began))
     schedule = Schedule(order.epochs, order.batch, order.rate, trained + left, order.seed)
     evaluations = Training(objective, data, schedule, files, _identity(order), work, show).run()
     save_head(head, order.out, order.int8)
