@@ -74,6 +74,20 @@ def test_a_head_learns_and_serves(folder: Path, data: Path, tmp_path: Path) -> N
     assert sum(delta.stats.accepted for delta in outputs[Bet("eagle", Tree.chain(3))]) > 0
 
 
+def test_a_question_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read while the model wrote a question is not read again with the answer."""
+    engines: list[Engine] = []
+
+    def noting(config: EngineConfig) -> Engine:
+        engines.append(Engine(config))
+        return engines[-1]
+
+    monkeypatch.setattr(run, "Engine", noting)
+    train(order(folder, tmp_path, tmp_path / "data", tokens=1000, epochs=1))
+    scheduler = engines[0].scheduler
+    assert scheduler.prefix_hits > scheduler.prefix_queries / 4
+
+
 def test_training_goes_on_where_it_was_broken_off(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

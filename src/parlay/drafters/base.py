@@ -28,8 +28,8 @@ class Drafter(ABC):
     Attributes:
         name: The method's name in plans, requests and metrics; the name it is registered under.
         taps: Layers after which it needs the target's hidden states; `commit` then brings them. Empty if none.
-        deterministic: Whether guesses follow from what was seen before, without chance. Only then may `offer` show
-            them, and only then do drafts carry no probabilities.
+        deterministic: Whether guesses follow from what was seen before, whatever the request's mode. Only then may
+            `offer` show them. Others' drafts carry probabilities where their guesses were sampled.
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
         bytes_per_position: Memory that it needs for every position of the target's KV pool.
         sampling: How it draws siblings by chance, if it does; the engine sets it.
@@ -55,7 +55,7 @@ class Drafter(ABC):
             ValueError: in a sentence with the remedy, when it cannot guess for this target.
             CheckpointError: when its weights cannot be had.
         """
-        raise NotImplementedError(f"{cls.__name__} cannot be built by name")
+        raise ValueError(f"drafter {cls.name}: it cannot be chosen by its name; use it from Python")
 
     def attach(self, target: TargetModel) -> None:  # noqa: B027  (most keep nothing)
         """Called once, when the target's pages exist: makes room for what it keeps by position."""

@@ -4,7 +4,7 @@ The head's entry for position t joins the embedding of token t with a feature of
 states of several layers, fused, where the target has been, and the head's own output where it has not. The output at t
 is the next entry's feature, and its product with the reduced vocabulary's matrix guesses token t + 1.
 
-Names of tensors are those of the published EAGLE-3 checkpoints, so that these load as they are.
+Names of tensors are those of the published EAGLE-3 checkpoints.
 """
 
 from __future__ import annotations

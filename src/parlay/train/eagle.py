@@ -130,7 +130,7 @@ def new_head(
 
 @torch.no_grad()
 def _begin_as(head: EagleHead, model: Any) -> None:
-    """Copies what fits of the target's last layer and norm; measured, this saves half of the steps."""
+    """Copies what fits of the target's last layer and norm, from where a head learns faster than from nothing."""
     weights = model.state_dict()
     last = f".{model.config.num_hidden_layers - 1}."
     layer = {name.split(last, 1)[1]: tensor for name, tensor in weights.items() if last in name}

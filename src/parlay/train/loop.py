@@ -1,4 +1,4 @@
-"""The training loop that all kinds of drafters share: one pass of time, checkpoints to go on from, evaluation."""
+"""The training loop: a schedule in steps and time, checkpoints to go on from, evaluation on held-out texts."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Training:
         files: Of the dataset, which to train on.
         order: What is trained; another order's checkpoint is not gone on with.
         folder: Where checkpoints are kept.
-        show: Told the step, the number of steps, the loss, the first guesses' acceptance and tokens per second.
+        show: Told how far it is, from 0 to 1, and how it goes.
     """
 
     def __init__(

@@ -123,7 +123,7 @@ def record(
         count: Conversations.
         seed: Decides everything that is random.
         done: Called after each conversation.
-    """  # fmt: skip
+    """
     asked = turns(engine, questions, count, random.Random(f"questions {seed}"))
     if not asked:
         raise ValueError("prompts: none leaves room for an answer within the model's context; give shorter ones")

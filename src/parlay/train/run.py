@@ -158,7 +158,7 @@ def train(order: Order) -> Card:
         conversations="on prompts from a file"
         if order.prompts
         else "written by the model itself, user's turns included",
-        tokens=sum(map(count_tokens, data.files)),
+        tokens=sum(map(count_tokens, _files(order, data))),
         parameters=parameters,
         evaluations=tuple(evaluations),
     )
@@ -172,7 +172,6 @@ def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], No
         order.model,
         dtype="auto",
         speculation=None,
-        prefix_caching=False,
         max_num_seqs=RECORDING,
         compile=order.compile,
     )
@@ -190,7 +189,7 @@ def _train(
     work = order.out / WORK
     work.mkdir(parents=True, exist_ok=True)
     about = read_about(work)
-    files = data.files if about is None else [data.folder / name for name in about["files"]]
+    files = _files(order, data)
     texts = (text for file in files for text in read(file))
     head = new_head(target.model, data.recipe.taps, texts, order.vocab, order.intermediate)
     embedding = target.model.get_input_embeddings().weight.detach()
@@ -201,6 +200,12 @@ def _train(
     evaluations = Training(objective, data, schedule, files, _identity(order), work, show).run()
     save_head(head, order.out, order.int8)
     return evaluations, sum(weight.numel() for weight in head.parameters())
+
+
+def _files(order: Order, data: Dataset) -> list[Path]:
+    """What is trained on: once begun, that and nothing else."""
+    about = read_about(order.out / WORK)
+    return data.files if about is None else [data.folder / name for name in about["files"]]
 
 
 def _identity(order: Order) -> dict[str, object]:
