@@ -18,7 +18,8 @@ from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.train import dataset, loop, run
 from parlay.train.conversations import turns
-from parlay.train.run import Order, train
+from parlay.train.order import Order
+from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.tiny import make_tiny_llama
 
@@ -118,6 +119,17 @@ def test_data_stays_within_its_budget(folder: Path, tmp_path: Path) -> None:
 def test_data_of_another_kind_is_not_mixed_in(folder: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was recorded from .* name another folder"):
         train(order(folder, tmp_path, data, seed=1))
+
+
+def test_data_serves_heads_that_read_fewer_layers(folder: Path, data: Path, tmp_path: Path) -> None:
+    """With another order of layers the states are still each layer's own."""
+    texts = tmp_path / "data"
+    train(order(folder, tmp_path / "more", texts, epochs=1, taps=(0, 1, 2)))
+    fewer = train(order(folder, tmp_path / "fewer", texts, epochs=1, taps=(2, 0)))
+    own = train(order(folder, tmp_path / "own", tmp_path / "own data", epochs=1, taps=(2, 0)))
+    assert [one.accepted for one in fewer.evaluations] == [one.accepted for one in own.evaluations]
+    with pytest.raises(ValueError, match="was recorded from"):
+        train(order(folder, tmp_path / "none", tmp_path / "own data", epochs=1, taps=(1,)))
 
 
 def test_what_cannot_go_on_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:

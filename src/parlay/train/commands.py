@@ -79,7 +79,8 @@ def train(
 ) -> None:
     """Train a drafter for a model, on text that the model writes itself."""
     from parlay.bench.workloads import load_prompts
-    from parlay.train.run import Order, train
+    from parlay.train.order import Order
+    from parlay.train.run import train
 
     card = train(
         Order(

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ class Dataset:
 
     Args:
         folder: Where they are or will be.
-        recipe: What they consist of.
+        recipe: What they should consist of; a folder with the states of more layers will do.
 
     Raises:
         ValueError: when the folder holds something else.
@@ -56,8 +56,11 @@ class Dataset:
         wanted = json.loads(json.dumps(asdict(recipe)))
         if not about.exists():
             about.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        elif (found := json.loads(about.read_text(encoding="utf-8"))) != wanted:
+            return
+        found = json.loads(about.read_text(encoding="utf-8"))
+        if found | {"taps": wanted["taps"]} != wanted or not set(recipe.taps) <= set(found["taps"]):
             raise ValueError(f"data: {folder} was recorded from {found}, not from {wanted}; name another folder")
+        self.recipe = replace(recipe, taps=tuple(found["taps"]))
 
     @property
     def held_out(self) -> Path:
@@ -67,6 +70,11 @@ class Dataset:
     def files(self) -> list[Path]:
         """Those to train on."""
         return sorted(self.folder.glob("round-*.safetensors"))
+
+    def read(self, path: Path, taps: Sequence[int]) -> list[Recorded]:
+        """The conversations of one file, with the states of some of the layers."""
+        columns = [self.recipe.taps.index(tap) for tap in taps]
+        return [replace(one, hidden=one.hidden[:, columns]) for one in load(path)]
 
     def fill(
         self,
@@ -175,8 +183,3 @@ def _batch(parts: Sequence[tuple[Recorded, int]]) -> Batch:
         batch.probs[line, :count] = text.logprobs[at : at + count].float().exp()
         batch.answer[line, max(0, text.start - 1 - at) : count] = True
     return batch
-
-
-def read(path: Path) -> list[Recorded]:
-    """The conversations of one file."""
-    return list(load(path))

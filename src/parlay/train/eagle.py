@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from parlay.drafters.eagle_files import default_taps, save_head
 from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.engine.model import LoadedModel
 from parlay.train.dataset import Batch
 from parlay.train.losses import Divergence, Targets, head_loss
+from parlay.train.order import Order
 from parlay.train.recording import Recorded
 from parlay.train.unrolled import turns
 
@@ -30,6 +34,7 @@ class EagleObjective:
 
     def __init__(self, head: EagleHead, embedding: torch.Tensor, turns: int, divergence: Divergence) -> None:
         self.module, self._embedding = head, embedding
+        self.taps = head.shape.taps
         self._turns = turns
         self._divergence: Divergence = divergence
         self._place = torch.full((len(embedding),), -1)  # of each of the target's tokens in the head's vocabulary
@@ -61,6 +66,10 @@ class EagleObjective:
     def _run(self, batch: Batch, count: int) -> list[torch.Tensor]:
         return turns(self.module, self._embedding[batch.tokens], batch.hidden.flatten(2), count)
 
+    def save(self, folder: Path, int8: bool) -> None:
+        """Writes the head."""
+        save_head(self.module, folder, int8)
+
     @torch.no_grad()
     def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
         """How often chains of guesses are right, started at every place of greedy answers.
@@ -83,6 +92,19 @@ class EagleObjective:
             alive = alive & (guess == following)
             found.append(alive.sum())
         return torch.stack(found), chains
+
+
+def taps(order: Order, layers: int) -> tuple[int, ...]:
+    """The layers, of so many, that a head reads."""
+    return order.taps or default_taps(layers)
+
+
+def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> EagleObjective:
+    """A head to train, and how."""
+    layers = taps(order, len(target.shapes))
+    head = new_head(target.model, layers, texts, order.vocab, order.intermediate)
+    embedding = target.model.get_input_embeddings().weight.detach()
+    return EagleObjective(head, embedding, order.turns, order.divergence)
 
 
 def new_head(

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from parlay.train.dataset import Batch, Dataset, batches, read
+from parlay.train.dataset import Batch, Dataset, batches
+from parlay.train.recording import Recorded
 
 CHECKPOINT = "checkpoint.safetensors"
 WARM_UP = 30  # steps
@@ -31,7 +32,14 @@ class Objective(Protocol):
     """What is trained, and towards what."""
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module:
+        """What is trained is among its parameters."""
+        ...
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers whose states it reads, in the order in which it wants them."""
+        ...
 
     def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
         """The loss, and the share of first guesses that would be accepted."""
@@ -39,6 +47,10 @@ class Objective(Protocol):
 
     def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
         """[depth] chains of guesses whose k-th is accepted, and the number of chains."""
+        ...
+
+    def save(self, folder: Path, int8: bool) -> None:
+        """Writes the drafter to a folder, as `--drafter` takes it."""
         ...
 
 
@@ -123,7 +135,7 @@ class Training:
         """Trains from where the last checkpoint is to the end, and returns all evaluations."""
         self._resume()
         files = self._files
-        sizes = [sum(1 for _ in batches(read(file), self._schedule.batch, None)) for file in files]
+        sizes = [sum(1 for _ in batches(self._read(file), self._schedule.batch, None)) for file in files]
         steps = sum(sizes) * self._schedule.epochs
         done, number = self._state, 0
         loss_seen, first_seen = math.nan, math.nan
@@ -137,7 +149,7 @@ class Training:
                 number += size
                 continue
             chance = random.Random(f"{self._schedule.seed} {number}")
-            for batch in batches(read(file), self._schedule.batch, chance):
+            for batch in batches(self._read(file), self._schedule.batch, chance):
                 number += 1
                 if number <= done.step:
                     continue
@@ -161,6 +173,9 @@ class Training:
         self._save()
         return self.evaluations
 
+    def _read(self, file: Path) -> list[Recorded]:
+        return self._data.read(file, self._objective.taps)
+
     def _order(self, files: Sequence[Path]) -> list[Path]:
         found: list[Path] = []
         for epoch in range(self._schedule.epochs):
@@ -183,7 +198,7 @@ class Training:
     def _evaluate(self) -> None:
         """Counts what would be accepted of the held-out greedy answers."""
         accepted, chains = torch.zeros(DEPTH), 0
-        for batch in batches(read(self._data.held_out), self._schedule.batch, None):
+        for batch in batches(self._read(self._data.held_out), self._schedule.batch, None):
             some, count = self._objective.accepted(batch, DEPTH)
             accepted += some
             chains += count

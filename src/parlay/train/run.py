@@ -8,78 +8,44 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from parlay.config import Compile, EngineConfig
-from parlay.drafters.eagle_files import default_taps, save_head
+from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.train.dataset import Dataset, Recipe, count_tokens, read
-from parlay.train.eagle import EagleObjective, new_head
-from parlay.train.loop import DEPTH, Evaluation, Schedule, Training, read_about
-from parlay.train.losses import Divergence
+from parlay.train import eagle
+from parlay.train.dataset import Dataset, Recipe, count_tokens
+from parlay.train.loop import DEPTH, Evaluation, Objective, Schedule, Training, read_about
+from parlay.train.order import Kind, Order
+from parlay.train.recording import Recorded
 
-Kind = Literal["eagle"]
-KINDS = get_args(Kind)
 WORK = "training"  # the folder in which unfinished work is kept
 RECORDING = 64  # conversations that run at a time
 DATA_SHARE = 0.5  # of the time, at most, goes to recording
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What to train, and with how much of everything.
+class Maker:
+    """How a kind of drafter is made.
 
     Attributes:
-        kind: The kind of drafter.
-        model: The target: a built-in name, a Hugging Face id, a local folder or a .gguf file.
-        out: The folder that the drafter is written to; what it takes to go on is kept in `training` below.
-        data: The folder of recorded conversations; it can be shared between orders.
-        prompts: Users' turns to answer; none to have the target make them up.
-        tokens: To record.
-        disk: Bytes that they may take.
-        minutes: For everything; for the rest, where it goes on.
-        epochs: Times over the data.
-        batch: Tokens in a step.
-        rate: Highest learning rate.
-        turns: How far an `eagle` head goes on from its own output while it learns.
-        vocab: Tokens that the drafter can guess.
-        intermediate: Width of an `eagle` head's MLP; None takes the target's.
-        taps: Layers that a head reads; none for a low, a middle and a high one.
-        divergence: From the target's distribution.
-        int8: Write matrices in int8, else in float16.
-        seed: Decides everything that is random.
-        compile: Whether to compile the target's layers for recording; see `EngineConfig`.
+        taps: The layers, of so many, whose states it reads.
+        begin: What is trained, for a target, with texts whose tokens may be counted.
     """
 
-    kind: Kind
-    model: str
-    out: Path
-    data: Path
-    prompts: tuple[str, ...] = ()
-    tokens: int = 400_000
-    disk: int = 8 << 30
-    minutes: float = 90.0
-    epochs: int = 6
-    batch: int = 1024
-    rate: float = 2e-3
-    turns: int = 4
-    vocab: int = 8192
-    intermediate: int | None = None
-    taps: tuple[int, ...] = ()
-    divergence: Divergence = "forward_kl"
-    int8: bool = True
-    seed: int = 0
-    compile: Compile = "background"
+    taps: Callable[[Order, int], tuple[int, ...]]
+    begin: Callable[[Order, LoadedModel, Iterable[Recorded]], Objective]
+
+
+MAKERS: dict[Kind, Maker] = {"eagle": Maker(eagle.taps, eagle.begin)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +99,10 @@ def train(order: Order) -> Card:
     """
     began = time.monotonic()
     target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
-    taps = order.taps or default_taps(len(target.shapes))
+    taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
-    if not taps or not all(0 <= tap <= len(target.shapes) for tap in taps):
-        raise ValueError(
-            f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, taps)) or 'none'}"
-        )
+    if not all(0 <= tap <= len(target.shapes) for tap in taps):
+        raise ValueError(f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, taps))}")
     data = Dataset(order.data, Recipe(order.model, taps, order.seed, prints))
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -186,20 +150,19 @@ def _train(
     order: Order, began: float, target: LoadedModel, data: Dataset, show: Callable[[float, str], None]
 ) -> tuple[Sequence[Evaluation], int]:
     torch.manual_seed(order.seed)
+    maker = MAKERS[order.kind]
     work = order.out / WORK
     work.mkdir(parents=True, exist_ok=True)
     about = read_about(work)
     files = _files(order, data)
-    texts = (text for file in files for text in read(file))
-    head = new_head(target.model, data.recipe.taps, texts, order.vocab, order.intermediate)
-    embedding = target.model.get_input_embeddings().weight.detach()
-    objective = EagleObjective(head, embedding, order.turns, order.divergence)
+    taps = maker.taps(order, len(target.shapes))
+    objective = maker.begin(order, target, (text for file in files for text in data.read(file, taps)))
     trained = about["state"]["seconds"] if about else 0.0
     left = max(1e-9, 60 * order.minutes - (time.monotonic() - began))
     schedule = Schedule(order.epochs, order.batch, order.rate, trained + left, order.seed)
     evaluations = Training(objective, data, schedule, files, _identity(order), work, show).run()
-    save_head(head, order.out, order.int8)
-    return evaluations, sum(weight.numel() for weight in head.parameters())
+    objective.save(order.out, order.int8)
+    return evaluations, sum(weight.numel() for weight in objective.module.parameters() if weight.requires_grad)
 
 
 def _files(order: Order, data: Dataset) -> list[Path]:
