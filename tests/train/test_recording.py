@@ -10,7 +10,8 @@ import torch
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.engine.engine import Engine
-from parlay.train.recording import TOP, Recorder, load, record, save
+from parlay.train.conversations import Conversations
+from parlay.train.recording import TOP, Recorder, load, save
 from tests.architectures import plain_model
 from tests.tiny import make_tiny_llama
 
@@ -28,8 +29,11 @@ def test_states_are_those_of_plain_transformers(
     engine = Engine(config)
     recorder = Recorder(engine, (0, 2))
     engine.drafters = Drafters([recorder])
-    found = record(engine, recorder, questions, 8, "seed")
+    conversations = Conversations(engine, questions, "seed", 8)
+    assert conversations.run(5) + conversations.run(5) == 8
+    found = recorder.found
     assert len(found) == 8
+    assert not engine.has_work
     assert engine.scheduler.prefix_hits > 50
     save(tmp_path / "saved", found)
     plain = plain_model(folder, torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.train import dataset, loop, run
-from parlay.train.conversations import turns
+from parlay.train.conversations import Conversations
 from parlay.train.order import Order
 from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
@@ -150,13 +149,25 @@ def test_time_that_is_over_at_once(folder: Path, data: Path, tmp_path: Path) -> 
     assert train(order(folder, tmp_path, data)).evaluations[-1].step > 0
 
 
-def test_given_prompts_are_answered(folder: Path) -> None:
-    engine = Engine(EngineConfig(str(folder), speculation=None, self_check=False))
-    asked = turns(engine, ["the thing", "another"], 6, random.Random(0))
-    texts = {engine.tokenizer.decode(turn.prompt) for turn in asked}
-    assert len(asked) == 6
+def test_given_prompts_are_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(EngineConfig(str(folder), speculation=None, self_check=False, max_num_seqs=2))
+    added: list[Request] = []
+    add = engine.add
+
+    def noting(request: Request) -> None:
+        added.append(request)
+        add(request)
+
+    monkeypatch.setattr(engine, "add", noting)
+    conversations = Conversations(engine, ["the thing", "another", "too long " * 250], "seed")
+    assert conversations.run(5) >= 5
+    conversations.stop()
+    assert not engine.has_work
+    texts = {engine.tokenizer.decode(request.prompt) for request in added}
     assert all("the thing" in text or "another" in text for text in texts)
-    assert {turn.params.temperature for turn in asked} > {0.0}
+    assert {request.params.temperature for request in added} > {0.0}
+    with pytest.raises(ValueError, match="prompts: none leaves room for an answer"):
+        Conversations(engine, ["too long " * 250], "seed")
 
 
 def test_the_command(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

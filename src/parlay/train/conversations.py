@@ -7,11 +7,10 @@ arXiv 2406.08464). Openings steer it to the kinds of tasks that speculation is m
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from parlay.engine.engine import Engine
-from parlay.types import InvalidRequest, Request, SamplingParams
+from parlay.types import Delta, InvalidRequest, Request, SamplingParams
 
 OPENINGS = (
     "", "", "", "", "What is", "What are", "Who", "When did", "Where", "How", "How do I", "Why", "Can you", "Which",
@@ -30,63 +29,93 @@ OPENINGS = (
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 QUESTION_TOKENS = 400
 ANSWER_TOKENS = 320
+ROOM = 8  # tokens that an answer can have at least
+ANSWER = "answer "  # what the ids of such requests begin with
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A prompt to go on from, and how."""
-
-    prompt: tuple[int, ...]
-    params: SamplingParams
-
-
-def turns(engine: Engine, questions: Sequence[str], count: int, chance: random.Random) -> list[Turn]:
-    """Prompts for the target to answer.
+class Conversations:
+    """Questions and answers, so many at a time; where one ends the next begins.
 
     Half of the answers are greedy and half sampled, since a drafter serves both.
 
     Args:
-        engine: Idle; runs the target.
+        engine: Idle; runs the target. It reads a question only once if it has a prefix cache.
         questions: Users' turns to draw from; none to have the model make them up.
-        count: How many turns are wanted.
-        chance: Decides everything that is random.
+        seed: Decides what is asked and how; the engine's own decides what is sampled.
+        count: How many there are in all; None for no end.
+
+    Raises:
+        ValueError: when no question fits.
     """
-    before, after = _around_user(engine)
-    if questions:
-        asked = [
-            tuple(engine.tokenizer.encode(chance.choice(questions), add_special_tokens=False)) for _ in range(count)
-        ]
-        prompts = [(*before, *question, *after) for question in asked]
-    else:
-        prompts = [(*written, *after) for written in _made_up(engine, before, count, chance)]
-    fitting = [prompt for prompt in prompts if prompt and len(prompt) + 8 < engine.max_model_len]
-    temperatures = [chance.choice((0.0, chance.uniform(0.5, 1.0))) for _ in fitting]
-    return [
-        Turn(prompt, _params(engine, prompt, temperature, ANSWER_TOKENS, chance))
-        for prompt, temperature in zip(fitting, temperatures, strict=True)
-    ]
 
+    def __init__(self, engine: Engine, questions: Sequence[str], seed: str, count: int | None = None) -> None:
+        self._engine, self._seed, self._count = engine, seed, count
+        self._before, self._after = _around_user(engine)
+        encoded = (engine.tokenizer.encode(question, add_special_tokens=False) for question in questions)
+        prompts = [(*self._before, *question, *self._after) for question in encoded]
+        self._prompts = [prompt for prompt in prompts if 0 < len(prompt) <= engine.max_model_len - ROOM]
+        if questions and not self._prompts:
+            raise ValueError("prompts: none leaves room for an answer within the model's context; give shorter ones")
+        self._begun = 0
+        self._questions: dict[str, tuple[int, ...]] = {}  # those that the model is writing, with what came before
+        self._answers: set[str] = set()  # that it is writing
 
-def _params(
-    engine: Engine, prompt: Sequence[int], temperature: float, longest: int, chance: random.Random
-) -> SamplingParams:
-    room = engine.max_model_len - len(prompt)
-    return SamplingParams(temperature=temperature, max_tokens=min(longest, room), seed=chance.getrandbits(62))
+    def run(self, answers: int) -> int:
+        """Steps until so many more answers have ended or there are none left; returns how many have."""
+        ended = 0
+        while ended < answers:
+            while len(self._questions) + len(self._answers) < self._engine.config.max_num_seqs and self._begin():
+                pass
+            if not self._engine.has_work:
+                break
+            for delta in self._engine.step():
+                ended += self._go_on(delta)
+        return ended
 
+    def stop(self) -> None:
+        """Drops what has not ended."""
+        for request in (*self._questions, *self._answers):
+            self._engine.abort(request)
+        self._questions.clear()
+        self._answers.clear()
 
-def _made_up(engine: Engine, before: tuple[int, ...], count: int, chance: random.Random) -> list[tuple[int, ...]]:
-    """What the model writes in a user's place, with what comes before."""
-    asked: list[Turn] = []
-    for _ in range(count):
-        opening = engine.tokenizer.encode(chance.choice(OPENINGS), add_special_tokens=False)
-        prompt = (*before, *opening)
-        asked.append(Turn(prompt, _params(engine, prompt, chance.uniform(0.7, 1.0), QUESTION_TOKENS, chance)))
-    written = answers(engine, asked)
-    ends = frozenset(engine.eos)
-    return [
-        (*turn.prompt, *(tokens[:-1] if tokens and tokens[-1] in ends else tokens))
-        for turn, tokens in zip(asked, written, strict=True)
-    ]
+    def _begin(self) -> bool:
+        if self._begun == self._count:
+            return False
+        chance = random.Random(f"{self._seed} {self._begun}")
+        name = f"{self._begun} {chance.getrandbits(32)}"
+        self._begun += 1
+        if self._prompts:
+            self._answer(name, chance.choice(self._prompts))
+            return True
+        opening = self._engine.tokenizer.encode(chance.choice(OPENINGS), add_special_tokens=False)
+        self._questions[name] = (*self._before, *opening)
+        self._add(name, self._questions[name], chance.uniform(0.7, 1.0), QUESTION_TOKENS, len(self._after) + ROOM)
+        return True
+
+    def _answer(self, name: str, prompt: tuple[int, ...]) -> None:
+        chance = random.Random(f"answer {name}")
+        name = ANSWER + name
+        self._answers.add(name)
+        self._add(name, prompt, chance.choice((0.0, chance.uniform(0.5, 1.0))), ANSWER_TOKENS, 0)
+
+    def _add(self, name: str, prompt: tuple[int, ...], temperature: float, longest: int, after: int) -> None:
+        room = self._engine.max_model_len - len(prompt) - after
+        self._engine.add(Request(name, prompt, SamplingParams(temperature=temperature, max_tokens=min(longest, room))))
+
+    def _go_on(self, delta: Delta) -> bool:
+        """Whether an answer has ended."""
+        name = delta.request_id
+        if name in self._answers:
+            if delta.finish_reason:
+                self._answers.discard(name)
+            return delta.finish_reason is not None
+        self._questions[name] += delta.tokens
+        if delta.finish_reason:
+            question = self._questions.pop(name)
+            ended = question[-1] in self._engine.eos
+            self._answer(name, (*(question[:-1] if ended else question), *self._after))
+        return False
 
 
 def _around_user(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -100,16 +129,3 @@ def _around_user(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(before), tuple(after)
     except (InvalidRequest, ValueError):  # without a chat template a model goes on with the text
         return tuple(tokenizer.encode("")) or ((engine.eos[0],) if engine.eos else (0,)), ()
-
-
-def answers(engine: Engine, asked: Sequence[Turn], done: Callable[[], None] = lambda: None) -> list[tuple[int, ...]]:
-    """What the model goes on with, all of it at once."""
-    found: list[tuple[int, ...]] = [()] * len(asked)
-    for number, turn in enumerate(asked):
-        engine.add(Request(str(number), turn.prompt, turn.params))
-    while engine.has_work:
-        for delta in engine.step():
-            found[int(delta.request_id)] += delta.tokens
-            if delta.finish_reason:
-                done()
-    return found

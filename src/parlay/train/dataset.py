@@ -13,7 +13,8 @@ import torch
 
 from parlay.drafters.base import Drafters
 from parlay.engine.engine import Engine
-from parlay.train.recording import TOP, Recorded, Recorder, load, record, save
+from parlay.train.conversations import Conversations
+from parlay.train.recording import TOP, Recorded, Recorder, load, save
 
 ROUND = 128  # conversations per file
 HELD_OUT = 48  # conversations that are never trained on
@@ -88,7 +89,7 @@ class Dataset:
         """Records until there is enough, the disk budget is used up or time is over; at least one file.
 
         Args:
-            engine: Runs the target; see `record`.
+            engine: Idle, without speculation; runs the target.
             questions: Users' turns to draw from; none to have the target make them up.
             tokens: How many to have.
             disk: Bytes to stay below.
@@ -97,24 +98,33 @@ class Dataset:
         """
         recorder = Recorder(engine, self.recipe.taps)
         engine.drafters = Drafters([recorder])
-
-        def some(count: int, name: str) -> list[Recorded]:
-            return record(engine, recorder, questions, count, f"{self.recipe.seed} {name}")
-
         if not self.held_out.exists():
-            save(self.held_out, some(HELD_OUT, "held out"))
-        have = 0
+            held_out = Conversations(engine, questions, f"{self.recipe.seed} held out", HELD_OUT)
+            save(self.held_out, _recorded(recorder, held_out, HELD_OUT))
+        have, conversations = 0, None
         for number in range(1 << 20):
             path = self.folder / f"round-{number:05d}.safetensors"
             if not path.exists():
                 sizes = [file.stat().st_size for file in self.files]
                 full = sum(sizes) + max(sizes, default=0) + self.held_out.stat().st_size > disk
                 if sizes and (have >= tokens or full or time.monotonic() > deadline):
-                    return
-                save(path, some(ROUND, str(number)))
+                    break
+                conversations = conversations or Conversations(engine, questions, f"{self.recipe.seed} {number}")
+                save(path, _recorded(recorder, conversations, ROUND))
             found = count_tokens(path)
             have += found
             advance(found)
+        engine.drafters = Drafters([])
+        if conversations:
+            conversations.stop()
+
+
+def _recorded(recorder: Recorder, conversations: Conversations, count: int) -> list[Recorded]:
+    conversations.run(count - len(recorder.found))
+    if len(recorder.found) < count:  # an engine goes on without a drafter that fails
+        raise RuntimeError("recording failed; the log says why")
+    found, recorder.found[:] = recorder.found[:count], recorder.found[count:]
+    return found
 
 
 def count_tokens(path: Path) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from parlay.drafters.base import Drafter
 from parlay.engine.batch import Draft, kept_places
 from parlay.engine.engine import Engine
-from parlay.train.conversations import answers, turns
+from parlay.train.conversations import ANSWER
 from parlay.types import Bet, Offer, Row, RowResult
 
 TOP = 64  # most likely next tokens that are kept of every distribution
@@ -57,15 +55,7 @@ class Recorder(Drafter):
         width = self._model.segments.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator,union-attr]
         self._kept = self._model.kv.keep_beside(len(self._layers) * width).unflatten(1, (len(self._layers), width))
         self._rows: dict[int, Row] = {}
-        self._recording = False
-        self._found: list[Recorded] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[list[Recorded]]:
-        """Gives every choice that ends in the block."""
-        self._recording, self._found = True, []
-        yield self._found
-        self._recording = False
+        self.found: list[Recorded] = []  # the answers that have ended
 
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
         """Nothing."""
@@ -86,7 +76,7 @@ class Recorder(Drafter):
     def forget(self, seq: int) -> None:
         """A choice has ended; what its pages held is there until the next step."""
         row = self._rows.pop(seq, None)
-        if row is None or not self._recording:
+        if row is None or not row.request.id.startswith(ANSWER):
             return
         size, count = self._model.kv.page_size, row.start + row.count
         slots = [row.pages[place // size] * size + place % size for place in range(count)]
@@ -94,7 +84,7 @@ class Recorder(Drafter):
         ids, logprobs = self._next_tokens(states[:, -1])
         hidden = states[:, :-1].to(torch.bfloat16)
         tokens = torch.tensor(row.tokens[:count], dtype=torch.int32)
-        self._found.append(Recorded(tokens, len(row.request.prompt), hidden, ids, logprobs))
+        self.found.append(Recorded(tokens, len(row.request.prompt), hidden, ids, logprobs))
 
     @torch.inference_mode()
     def _next_tokens(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,34 +94,6 @@ class Recorder(Drafter):
             ids.append(best.indices.to("cpu", torch.int32))
             logprobs.append(best.values.to("cpu", torch.float16))
         return torch.cat(ids), torch.cat(logprobs)
-
-
-def record(
-    engine: Engine,
-    recorder: Recorder,
-    questions: Sequence[str],
-    count: int,
-    seed: str,
-    done: Callable[[], None] = lambda: None,
-) -> list[Recorded]:
-    """Has the target answer, and keeps what it went through.
-
-    Args:
-        engine: Idle, without speculation; reads a question only once if it has a prefix cache.
-        recorder: Made for this engine, and its only drafter.
-        questions: Users' turns to draw from; none to have the target make them up.
-        count: Conversations.
-        seed: Decides everything that is random.
-        done: Called after each conversation.
-    """
-    asked = turns(engine, questions, count, random.Random(f"questions {seed}"))
-    if not asked:
-        raise ValueError("prompts: none leaves room for an answer within the model's context; give shorter ones")
-    with recorder.recording() as found:
-        answers(engine, asked, done)
-    if len(found) != len(asked):  # an engine goes on without a drafter that fails
-        raise RuntimeError("recording failed; the log says why")
-    return found
 
 
 FIELDS = ("tokens", "hidden", "ids", "logprobs")

@@ -137,6 +137,7 @@ def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], No
         dtype="auto",
         speculation=None,
         max_num_seqs=RECORDING,
+        seed=order.seed + len(data.files),
         compile=order.compile,
     )
     engine = Engine(config)
