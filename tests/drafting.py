@@ -25,11 +25,12 @@ def tiny_head(
     hidden: int = HIDDEN,
     taps: tuple[int, ...] = (0, 1, 2),
     target_vocab: int = VOCAB_SIZE,
+    joined: bool = False,
 ) -> EagleHead:
     """A random head for the tiny models, which can guess some of their tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = EagleHead(HeadShape(hidden, hidden, 48, 4, 2, 8, vocab, taps))
+        head = EagleHead(HeadShape(hidden, hidden, 48, 4, 2, 8, vocab, taps, joined=joined))
         for weight in head.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.3)
@@ -41,7 +42,7 @@ def sources(folder: Path) -> dict[str, str]:
     """Every drafter with weights or layers of the target, and where they are; the draft model is the target itself."""
     head = folder / "head"
     if not head.is_dir():
-        save_head(tiny_head(), head, int8=False)
+        save_head(tiny_head(joined=True), head, int8=False)
     other = folder / "other"
     if not other.is_dir():
         make_model(other, "llama")

@@ -41,8 +41,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], **co
     (folder / "config.json").write_text(json.dumps(about))
 
 
-def test_what_is_saved_is_what_is_loaded(target: LoadedModel, tmp_path: Path) -> None:
-    head = tiny_head()
+@pytest.mark.parametrize("joined", [False, True], ids=["published", "joined"])
+def test_what_is_saved_is_what_is_loaded(target: LoadedModel, tmp_path: Path, joined: bool) -> None:
+    head = tiny_head(joined=joined)
     save_head(head, tmp_path / "half", int8=False)
     save_head(head, tmp_path / "int8", int8=True)
     half, int8 = (load_head(str(tmp_path / name), target) for name in ("half", "int8"))

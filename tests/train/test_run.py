@@ -127,8 +127,9 @@ def test_data_serves_heads_that_read_fewer_layers(folder: Path, data: Path, tmp_
     fewer = train(order(folder, tmp_path / "fewer", texts, epochs=1, taps=(2, 0)))
     own = train(order(folder, tmp_path / "own", tmp_path / "own data", epochs=1, taps=(2, 0)))
     assert [one.accepted for one in fewer.evaluations] == [one.accepted for one in own.evaluations]
+    train(order(folder, tmp_path / "high", tmp_path / "high data", epochs=1, taps=(2,)))
     with pytest.raises(ValueError, match="was recorded from"):
-        train(order(folder, tmp_path / "none", tmp_path / "own data", epochs=1, taps=(1,)))
+        train(order(folder, tmp_path / "low", tmp_path / "high data", epochs=1, taps=(0,)))
 
 
 def test_what_cannot_go_on_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from parlay.drafters.eagle import Eagle
+from parlay.drafters.eagle_files import save_head
 from parlay.engine.batch import join, pack_row
 from parlay.train.unrolled import turns
 from parlay.types import Tree
 from tests.architectures import make_model
-from tests.drafting import HIDDEN, engine_with
+from tests.drafting import HIDDEN, engine_with, tiny_head
 
 LENGTH, TURNS = 12, 4
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["published", "joined"])
 @torch.no_grad()
-def test_turns_are_the_passes_of_drafting(tmp_path: Path) -> None:
+def test_turns_are_the_passes_of_drafting(tmp_path: Path, joined: bool) -> None:
     """Turn k at t equals the drafter's k-th pass after it has read up to t - k, on the production attention."""
+    save_head(tiny_head(joined=joined), tmp_path / "head", int8=False)
     engine = engine_with(make_model(tmp_path, "llama"), "eagle", page_size=4)
     drafter = engine.drafters.by_name["eagle"]
     assert isinstance(drafter, Eagle)

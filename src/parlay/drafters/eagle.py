@@ -122,7 +122,7 @@ class Eagle(LevelDrafter):
             slots = np.concatenate([self._slots_before(row) for row in batch.rows])
             before = self._features[torch.from_numpy(slots).to(self.device)]
         else:
-            before = self._outputs[torch.tensor(parents, device=self.device)]
+            before = self.head.feature(self._outputs[torch.tensor(parents, device=self.device)])
         hidden, noted = self._inputs(batch, before)
         step = self._attention(self._kv, batch)
         if self._program is not None and isinstance(step, PathAttention):

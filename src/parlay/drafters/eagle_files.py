@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: published ones, and our own, which have the same form and may be in int8.
+"""EAGLE-3 checkpoints: published ones, and our own, which may have the joined form and be in int8.
 
 A folder holds `config.json` and safetensors. Ids of layers follow two customs: those in `eagle_config` count from 0 and
 name the layer whose output is taken; those at the top level (as vLLM counts) say after how many layers.
@@ -53,7 +53,7 @@ def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shape = head.shape
     config = {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": ["ParlayJoinedHead" if shape.joined else "LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
         "target_hidden_size": shape.target_hidden,
@@ -144,6 +144,7 @@ def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: 
             taps=_taps(config, len(target.shapes)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             norm_eps=float(config.get("rms_norm_eps") or 1e-5),
+            joined="ParlayJoinedHead" in (config.get("architectures") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {CONFIG} lacks or garbles {error}; it describes no EAGLE-3 head") from error

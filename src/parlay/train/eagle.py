@@ -1,19 +1,17 @@
-"""Training of an EAGLE-3 head."""
+"""Training of an EAGLE head."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from parlay.drafters.eagle_files import default_taps, save_head
-from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.drafters.eagle_files import save_head
+from parlay.drafters.eagle_head import EagleHead
 from parlay.engine.model import LoadedModel
 from parlay.train.dataset import Batch
+from parlay.train.eagle_start import new_head
 from parlay.train.losses import Divergence, Targets, head_loss
 from parlay.train.order import Order
 from parlay.train.recording import Recorded
@@ -95,80 +93,18 @@ class EagleObjective:
 
 
 def taps(order: Order, layers: int) -> tuple[int, ...]:
-    """The layers, of so many, that a head reads."""
-    return order.taps or default_taps(layers)
+    """The layers, of so many, whose states must be recorded: those that the head reads and the last but one."""
+    return tuple(dict.fromkeys((*_read(order, layers), layers - 1)))
+
+
+def _read(order: Order, layers: int) -> tuple[int, ...]:
+    return order.taps or tuple(dict.fromkeys((min(2, layers), layers // 2, layers - 1)))
 
 
 def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> EagleObjective:
     """A head to train, and how."""
-    layers = taps(order, len(target.shapes))
-    head = new_head(target.model, layers, texts, order.vocab, order.intermediate)
+    count = len(target.shapes)
+    layers = taps(order, count)
+    head = new_head(target.model, _read(order, count), layers, texts, order.vocab, order.intermediate)
     embedding = target.model.get_input_embeddings().weight.detach()
     return EagleObjective(head, embedding, order.turns, order.divergence)
-
-
-def new_head(
-    model: Any, taps: Sequence[int], texts: Iterable[Recorded], vocab: int, intermediate: int | None
-) -> EagleHead:
-    """A head that begins as the target's last layer where their sizes agree, with the most frequent tokens.
-
-    Args:
-        model: The target, a Hugging Face causal LM.
-        taps: Layers that it reads.
-        texts: Whose tokens are counted.
-        vocab: Tokens that it can guess.
-        intermediate: Width of its MLP; None takes the target's.
-    """
-    config = model.config
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    hidden = embedding.shape[1]
-    heads = config.num_attention_heads
-    counts: Counter[int] = Counter()
-    for text in texts:
-        counts.update(text.ids[:, 0].tolist())
-        counts.update(text.tokens.tolist())
-    ids = torch.tensor(sorted(token for token, _ in counts.most_common(vocab)))
-    shape = HeadShape(
-        hidden=hidden,
-        target_hidden=hidden,
-        intermediate=intermediate or getattr(config, "intermediate_size", None) or 4 * hidden,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or hidden // heads,
-        vocab=len(ids),
-        taps=tuple(taps),
-        rope_theta=float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)),
-        norm_eps=float(getattr(config, "rms_norm_eps", 1e-5)),
-    )
-    head = EagleHead(shape)
-    head.ids = ids
-    with torch.no_grad():
-        head.lm_head.weight.copy_(output[ids])
-        head.fc.weight.mul_(0.1)
-        head.fc.weight[:, -hidden:] += torch.eye(hidden)  # begin with the highest layer
-    _begin_as(head, model)
-    return head
-
-
-@torch.no_grad()
-def _begin_as(head: EagleHead, model: Any) -> None:
-    """Copies what fits of the target's last layer and norm, from where a head learns faster than from nothing."""
-    weights = model.state_dict()
-    last = f".{model.config.num_hidden_layers - 1}."
-    layer = {name.split(last, 1)[1]: tensor for name, tensor in weights.items() if last in name}
-    own = dict(head.midlayer.named_parameters())
-    hidden = head.shape.hidden
-    for name, tensor in layer.items():
-        source = tensor.float()
-        name = name.replace("input_layernorm", "hidden_norm")  # the target's layer reads what the head calls hidden
-        weight = own.get(name)
-        if weight is None:
-            continue
-        if weight.shape == source.shape:
-            weight.copy_(source)
-        elif weight.shape == (source.shape[0], 2 * hidden) and source.shape[1] == hidden:
-            weight[:, hidden:] = source
-            weight[:, :hidden] *= 0.1
-    norms = [module for name, module in model.named_modules() if name.endswith((".norm", ".final_layer_norm", ".ln_f"))]
-    if norms and isinstance(weight := getattr(norms[-1], "weight", None), nn.Parameter) and len(weight) == hidden:
-        head.norm.weight.copy_(weight)

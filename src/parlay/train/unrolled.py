@@ -1,8 +1,9 @@
 """Training an EAGLE head as it will be used: going on from its own output (training-time test, Li et al. 2025, 3.2).
 
-Turn 0 goes over a text with the target's features everywhere. Turn k goes over it again with the outputs of turn k - 1
-as features, so that its entry at t is what the head computes there after k guesses of its own. Its attention sees turn
-0 up to t - k, where the target had been, and of the positions since then what the turn in question made of them.
+Turn 0 goes over a text with the target's features everywhere. Turn k goes over it again with the features that the head
+makes of its outputs of turn k - 1, so that its entry at t is what the head computes there after k guesses of its own.
+Its attention sees turn 0 up to t - k, where the target had been, and of the positions since then what the turn in
+question made of them.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def turns(head: EagleHead, embedded: torch.Tensor, taps: torch.Tensor, count: in
     with forward_batch(TurnAttention(texts, length)):
         for _ in range(count):
             before = torch.nn.functional.pad(feature, (0, 0, 1, 0))[:, :-1]
-            feature = head.midlayer(before.reshape(1, texts * length, -1), tokens, cos, sin).view(texts, length, -1)
-            outputs.append(feature)
+            out = head.midlayer(before.reshape(1, texts * length, -1), tokens, cos, sin).view(texts, length, -1)
+            outputs.append(out)
+            feature = head.feature(out)
     return outputs
