@@ -19,7 +19,7 @@ import numpy as np
 from trial import Answer, Conditions, Estimate, Tokens, add_drafters, check_drafters, conditions, new_engine, new_parser
 
 from parlay.bench import environment, report
-from parlay.bench.figures import check_name, new_figure, save, title
+from parlay.bench.figures import check_name, legend_below, new_figure, save, title
 from parlay.bench.report import Advance, Spread, progress, table
 from parlay.bench.workloads import Prompt, by_category, encode, load_prompts, take_turns
 from parlay.config import parse_bet
@@ -130,8 +130,7 @@ def main() -> None:
     )
     environment.write_json(options.json, captured, result)
     show(result)
-    if options.plot is not None:
-        draw(result, options.plot)
+    draw(result, options.plot)
 
 
 def parse() -> argparse.Namespace:
@@ -147,12 +146,11 @@ def parse() -> argparse.Namespace:
         "--transformers", action="store_true", help="also transformers' generate, on the same weights in the same type"
     )
     parser.add_argument("--assistant", type=Path, help="a folder: transformers' assistant_model")
-    parser.add_argument("--plot", type=Path, help="draw bars by category to this .svg, .png or .pdf")
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/one_request.svg"), help="(default: %(default)s)")
     options = parser.parse_args()
     if options.assistant is not None and not options.transformers:
         parser.error("--assistant: is transformers' draft model; add --transformers")
-    if options.plot is not None:
-        check_name(options.plot)
+    check_name(options.plot)
     return options
 
 
@@ -332,7 +330,7 @@ def draw(result: OneRequest, path: Path) -> None:
 
     categories = list(dict.fromkeys(score.category for score in result.scores))
     methods = list(dict.fromkeys(score.method for score in result.scores))
-    figure, (axes,) = new_figure(1, width=max(5.0, 0.22 * len(categories) * (len(methods) + 1)), height=3.6)
+    figure, (axes,) = new_figure(1, width=max(8.0, 0.16 * len(categories) * (len(methods) + 1)), height=4)
     width = 0.86 / len(methods)
     for number, method in enumerate(methods):
         some = [score for score in result.scores if score.method == method]
@@ -345,7 +343,7 @@ def draw(result: OneRequest, path: Path) -> None:
                 axes.annotate(text, (place, one.decode), (0, 2), textcoords="offset points", ha="center", fontsize=5)
     axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right", fontsize=8)
     title(axes, f"{result.model}, {result.dtype}, one request at a time", "", "tokens per second")
-    axes.legend(frameon=False, fontsize=7, ncols=min(len(methods), 5), loc="lower left", bbox_to_anchor=(0, 1.08))
+    legend_below(figure, [axes])
     save(figure, path)
 
 
