@@ -99,8 +99,7 @@ class Method:
 def main() -> None:
     options = parse()
     captured = environment.capture()
-    groups = by_category(load_prompts(options.dataset, options.limit))
-    prompts = list(take_turns(prompt for some in groups.values() for prompt in some[: options.per_category]))
+    prompts = choose(load_prompts(options.dataset), options.categories, options.per_category)[: options.limit]
     names = list(dict.fromkeys((OFF, *(options.method or ["prompt_lookup:4"]))))
     engines = {
         name: new_engine(options, parse_bet(name), max_num_seqs=1, compile="wait", self_check=name == OFF)
@@ -135,6 +134,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = new_parser(__doc__, "one_request")
+    parser.add_argument("--categories", nargs="+", help="of the dataset; by default all")
     parser.add_argument("--per-category", type=int, help="prompts of each category; by default all")
     parser.add_argument(
         "--method", action="append", help="as --speculation; may be repeated (default: prompt_lookup:4). off is added"
@@ -152,6 +152,19 @@ def parse() -> argparse.Namespace:
         parser.error("--assistant: is transformers' draft model; add --transformers")
     check_name(options.plot)
     return options
+
+
+def choose(prompts: Sequence[Prompt], categories: Sequence[str] | None, per_category: int | None) -> list[Prompt]:
+    """So many prompts of each of these categories, which take turns.
+
+    Raises:
+        SystemExit: for a category that is not there.
+    """
+    groups = by_category(prompts)
+    wanted = categories or list(groups)
+    if missing := sorted(set(wanted) - groups.keys()):
+        raise SystemExit(f"categories: there is no {', '.join(missing)}, but {', '.join(groups)}")
+    return list(take_turns(prompt for name in wanted for prompt in groups[name][:per_category]))
 
 
 def ours(name: str, engine: Engine, temperature: float) -> Method:

@@ -27,6 +27,7 @@ from trial import (
     conditions,
     measure,
     new_parser,
+    over_all_steps,
     tree_engine,
     watch,
 )
@@ -49,6 +50,7 @@ class Half:
     steps: int  # with the whole tree
     other_steps: int
     tokens_per_step: Estimate
+    over_all_steps: float
     error: Estimate
     own_acceptance: float  # what these steps' own acceptance predicts
     own_error: float
@@ -178,6 +180,7 @@ def half(tree: Tree, counts: Sequence[Floats], found: Sequence[WholeTrees]) -> H
         steps=int(steps[:, 1].sum()),
         other_steps=sum(one.others for one in found),
         tokens_per_step=measured,
+        over_all_steps=over_all_steps(found),
         error=Estimate.of(np.hstack([steps, np.array(counts).reshape(len(counts), -1)]), error),
         own_acceptance=own,
         own_error=own / measured.value - 1,
@@ -188,7 +191,7 @@ def show(result: Predicted) -> None:
     out = report.console()
     columns = (
         *("guesses", "levels", "F(T)", "same half (95%)", "error (95%)", "other half (95%)", "error (95%)"),
-        *("error, own", "error, level 1"),
+        *("error, own", "error, level 1", "all steps"),
     )
     rows = (
         (
@@ -201,6 +204,7 @@ def show(result: Predicted) -> None:
             f"{line.other.error:+.1%}",
             f"{line.same.own_error:+.1%}",
             f"{line.predicted_by_first_level / line.same.tokens_per_step.value - 1:+.1%}",
+            f"{line.same.over_all_steps:.3f}",
         )
         for line in result.lines
     )

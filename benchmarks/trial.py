@@ -166,14 +166,15 @@ class WholeTrees:
     Attributes:
         steps: With the whole tree.
         emitted: In these.
-        others: Other steps that emitted something.
+        others: Other steps that emitted something: those of prompts, and those with less than the tree.
+        other_emitted: In these.
         hits: [levels, children] accepted nodes by level and place among their siblings.
         tries: [levels, children] accepted nodes, or roots, that had such a child.
     """
 
     def __init__(self, method: str, tree: Tree) -> None:
         self._fixed, self._tree = Fixed(method, tree), tree
-        self.steps = self.emitted = self.others = 0
+        self.steps = self.emitted = self.others = self.other_emitted = 0
         width = 1 + max(child_ranks(tree).tolist(), default=0)
         self.hits, self.tries = np.zeros((2, tree.depth, width))
 
@@ -187,6 +188,7 @@ class WholeTrees:
         for got in result.rows:
             if len(got.tree) < len(self._tree):
                 self.others += bool(got.emitted)
+                self.other_emitted += len(got.emitted)
                 continue
             self.steps += 1
             self.emitted += len(got.emitted)
@@ -195,6 +197,12 @@ class WholeTrees:
                 self.tries[level : level + 1, : len(children.get(node, ()))] += 1
                 if level < len(got.accepted):
                     self.hits[level, ranks[got.accepted[level]]] += 1
+
+
+def over_all_steps(found: Sequence[WholeTrees]) -> float:
+    """Tokens per step with the steps that had no whole tree."""
+    steps = sum(one.steps + one.others for one in found)
+    return sum(one.emitted + one.other_emitted for one in found) / steps
 
 
 def watch(

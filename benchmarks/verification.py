@@ -27,6 +27,7 @@ from trial import (
     conditions,
     measure,
     new_parser,
+    over_all_steps,
     tree_engine,
     watch,
 )
@@ -57,6 +58,7 @@ class Cell:
     steps: int  # with the whole tree
     other_steps: int
     tokens_per_step: Estimate
+    over_all_steps: float
     sequoia_over_this: Estimate | None  # prompt by prompt
 
 
@@ -177,6 +179,7 @@ def cell(
         steps=sum(one.steps for one in found),
         other_steps=sum(one.others for one in found),
         tokens_per_step=Estimate.ratio(columns[:, 2].tolist(), columns[:, 3].tolist()),
+        over_all_steps=over_all_steps(found),
         sequoia_over_this=Estimate.of(columns, lambda sums: float(sums[0] / sums[1] / (sums[2] / sums[3])))
         if sampling != "sequoia"
         else None,

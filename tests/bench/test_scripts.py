@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.one_request import ALL, Method, Trial, answer_all, ours, summarise
+from benchmarks.one_request import ALL, Method, Trial, answer_all, choose, ours, summarise
 from benchmarks.predicted_tokens import half, halve
 from benchmarks.transformers_methods import PLAIN, load_methods
 from benchmarks.trial import Answer, Estimate, WholeTrees, acceptance, covering, watch
@@ -85,6 +85,14 @@ def test_all_methods_go_first_in_turn_and_begin_repeats_without_memories() -> No
     assert "".join(said[18:]) == "bcacababc"
 
 
+def test_prompts_are_chosen_by_category() -> None:
+    prompts = [Prompt(name, str(number)) for name in "abc" for number in range(3)]
+    chosen = choose(prompts, ["c", "a"], 2)
+    assert [prompt.category + prompt.text for prompt in chosen] == ["c0", "a0", "c1", "a1"]
+    with pytest.raises(SystemExit, match="there is no d, but a, b, c"):
+        choose(prompts, ["d"], 1)
+
+
 def test_transformers_and_parlay_say_the_same(folder: Path) -> None:
     """With all methods of both, and suffix decoding knows nothing of a repeat before."""
     settings: dict[str, Any] = {"dtype": "float32", "prefix_caching": False}
@@ -154,7 +162,8 @@ def test_whole_trees_tell_their_own_acceptance(folder: Path) -> None:
     counts = [np.array([[3.0, 1, 2], [2, 0, 1], [1, 0, 1]])] * 6
     summed = half(chain.tree, counts, found)
     assert summed.own_error == pytest.approx(0)
-    assert 1 < summed.tokens_per_step.value < 4
+    assert 1 < summed.over_all_steps < summed.tokens_per_step.value < 4
+    assert sum(one.emitted + one.other_emitted for one in found) == 6 * 21
     assert summed.error.value == pytest.approx((1 + 0.5 + 0.25 + 0.125) / summed.tokens_per_step.value - 1, abs=0.2)
     watched = watch(engine, lambda: Counting("self", comb(1, 3), 1), prompts, params, 3)
     assert all(one.counts.trials[0] > 0 for one in watched)
