@@ -7,19 +7,18 @@ guess is verified, so read it together with the guesses per step. Time is not me
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from trial import Conditions, add_drafters, conditions, new_engine, new_parser
 
 from parlay.bench import environment, report
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, progress, table
 from parlay.bench.workloads import Prompt, encode, load_prompts
-from parlay.config import EngineConfig, parse_bet
+from parlay.config import parse_bet
 from parlay.engine.engine import Engine
-from parlay.options import parse_drafter
 from parlay.types import SamplingParams, SpeculationStats
 
 
@@ -35,46 +34,29 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(Conditions):
     """All of them."""
 
-    model: str
-    dataset: str
-    prompts: int
-    max_tokens: int
     results: tuple[Result, ...]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="the target (default: %(default)s)")
-    parser.add_argument("--dataset", type=Path, help="prompts, JSON lines; by default Parlay's own")
-    parser.add_argument("--limit", type=int, help="use this many prompts, the categories taking turns")
-    parser.add_argument("--max-tokens", type=int, default=100, help="output limit per prompt (default: %(default)s)")
+    parser = new_parser(__doc__, "drafters", max_tokens=100)
     parser.add_argument("--bets", nargs="+", default=["prompt_lookup:4", "suffix:4", "self:4"], help="as --speculation")
-    parser.add_argument("--drafter", nargs="*", default=[], metavar="METHOD=SOURCE", help="as parlay serve takes it")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7], help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/drafters.json"))
+    add_drafters(parser)
     options = parser.parse_args()
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
-    sources = dict(map(parse_drafter, options.drafter))
     found: list[Result] = []
     with progress("answering", len(prompts) * len(options.bets) * len(options.temperatures)) as advance:
         for text in options.bets:
-            bet = parse_bet(text)
-            own = {name: source for name, source in sources.items() if bet is not None and name == bet.method}
-            config = EngineConfig(
-                options.model, speculation=bet, drafters=own, max_num_seqs=8, prefix_caching=False, seed=0
-            )
-            engine = Engine(config)
+            engine = new_engine(options, parse_bet(text), max_num_seqs=8, seed=0)
             found += [
                 score(engine, text, prompts, temperature, options.max_tokens, advance)
                 for temperature in options.temperatures
             ]
-    name = options.dataset.name if options.dataset else "parlay's own prompts"
-    model = environment.portable(options.model)
-    results = Results(model, name, len(prompts), options.max_tokens, tuple(found))
+    results = Results(**conditions(options, prompts), results=tuple(found))
     environment.write_json(options.json, captured, results)
     show(results)
 

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Literal
+
+from trial import Conditions, conditions, new_parser
 
 from parlay.bench import environment, report
 from parlay.bench.replay import Replayed, Text, generate, replay
@@ -60,13 +61,9 @@ class SettingResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Ablation:
+class Ablation(Conditions):
     """All results of this benchmark, the best setting first."""
 
-    model: str
-    dataset: str
-    prompts: int
-    max_tokens: int
     output_tokens: int
     default: Setting
     results: tuple[SettingResult, ...]
@@ -86,10 +83,7 @@ def main() -> None:
         results = [score(setting, texts, options.max_tokens, advance) for setting in grid]
     results.sort(key=lambda result: -result.overall.tokens_per_step)
     ablation = Ablation(
-        model=environment.portable(options.model),
-        dataset=options.dataset.name if options.dataset else "parlay's own prompts",
-        prompts=len(texts),
-        max_tokens=options.max_tokens,
+        **conditions(options, prompts),
         output_tokens=sum(len(text.output) for text in texts),
         default=DEFAULT,
         results=tuple(results),
@@ -99,21 +93,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="whose outputs (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of its weights (default: %(default)s)")
-    parser.add_argument(
-        "--dataset", type=Path, help="prompts, JSON lines with prompt or Spec-Bench's turns; by default Parlay's own"
-    )
-    parser.add_argument("--limit", type=int, help="use this many prompts, the categories taking turns")
-    parser.add_argument("--max-tokens", type=int, default=128, help="output limit per prompt (default: %(default)s)")
+    parser = new_parser(__doc__, "prompt_lookup")
     parser.add_argument(
         "--concurrency", type=int, default=16, help="prompts generated at a time (default: %(default)s)"
     )
     parser.add_argument("--top", type=int, default=12, help="settings in the table (default: %(default)s)")
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/results/prompt_lookup.json"), help="JSON (default: %(default)s)"
-    )
     return parser.parse_args()
 
 

@@ -7,11 +7,11 @@ together with guesses per step. Microseconds are of this machine, for the offer 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from trial import Conditions, conditions, new_parser
 
 from parlay.bench import environment, report
 from parlay.bench.replay import Replayed, Text, generate, replay
@@ -51,13 +51,9 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(Conditions):
     """All of them."""
 
-    model: str
-    dataset: str
-    prompts: int
-    max_tokens: int
     results: tuple[Result, ...]
 
 
@@ -78,14 +74,7 @@ class Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="whose outputs (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of its weights (default: %(default)s)")
-    parser.add_argument("--dataset", type=Path, help="prompts, JSON lines; by default Parlay's own")
-    parser.add_argument("--limit", type=int, help="use this many prompts, the categories taking turns")
-    parser.add_argument("--max-tokens", type=int, default=128, help="output limit per prompt (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/suffix.json"))
-    options = parser.parse_args()
+    options = new_parser(__doc__, "suffix").parse_args()
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
     with progress("generating", len(prompts)) as advance:
@@ -95,8 +84,7 @@ def main() -> None:
         for setting in SETTINGS:
             results.append(score(setting, texts, options.max_tokens))
             advance()
-    name = options.dataset.name if options.dataset else "parlay's own prompts"
-    found = Results(environment.portable(options.model), name, len(texts), options.max_tokens, tuple(results))
+    found = Results(**conditions(options, prompts), results=tuple(results))
     environment.write_json(options.json, captured, found)
     show(found)
 
