@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from parlay.engine.checkpoint import quiet
 from parlay.engine.model import LoadedModel
 from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
@@ -56,7 +57,8 @@ class DraftModelObjective:
     def save(self, folder: Path, int8: bool) -> None:
         """Writes a folder that any program loads a model from; int8 weights would be for ours only."""
         written = copy.deepcopy(self.module).to(torch.bfloat16 if int8 else torch.float16)
-        written.save_pretrained(folder)
+        with quiet():
+            written.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
 
