@@ -10,6 +10,7 @@ import torch
 from parlay.config import EngineConfig
 from parlay.drafters.eagle_files import save_head
 from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.drafters.exit_part import ExitPart, ExitShape, save_exit
 from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
 from parlay.types import Bet, Tree
@@ -38,6 +39,16 @@ def tiny_head(
     return head
 
 
+def tiny_exit(exit: int = 1, layers: int = 2, hidden: int = HIDDEN) -> ExitPart:
+    """A random part behind an exit of the tiny models."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        part = ExitPart(ExitShape(exit, layers, hidden, 24))
+        for weight in part.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    return part
+
+
 def sources(folder: Path) -> dict[str, str]:
     """Every drafter with weights or layers of the target, and where they are; the draft model is the target itself."""
     head = folder / "head"
@@ -46,12 +57,20 @@ def sources(folder: Path) -> dict[str, str]:
     other = folder / "other"
     if not other.is_dir():
         make_model(other, "llama")
-    return {"eagle": str(head), "draft_model": str(other), "self": "1"}
+    exit = folder / "exit"
+    if not exit.is_dir():
+        save_exit(tiny_exit(), exit, "tiny", int8=False)
+    return {"eagle": str(head), "draft_model": str(other), "self": "1", "trained self": str(exit)}
 
 
-def engine_with(folder: Path, method: str, tree: Tree | None = None, **options: Any) -> Engine:
+def method_of(which: str) -> str:
+    """The method's name of one of those."""
+    return which.split()[-1]
+
+
+def engine_with(folder: Path, which: str, tree: Tree | None = None, **options: Any) -> Engine:
     """An engine that bets on one of them."""
-    source = sources(folder)[method]
+    source, method = sources(folder)[which], method_of(which)
     settings: dict[str, Any] = {"dtype": "float64", "seed": 0, "self_check": False} | options
     bet = Bet(method, tree or kary(2, 3))
     return Engine(EngineConfig(str(folder), speculation=bet, drafters={method: source}, **settings))

@@ -122,8 +122,8 @@ def engine_config(
     drafter: Annotated[
         list[str] | None,
         _speculation(
-            "Where a method's weights are, as eagle=FOLDER_OR_ID or draft_model=FOLDER_OR_ID; or self=LAYERS. May be "
-            "repeated.",
+            "Where a method's weights are, as eagle=FOLDER_OR_ID, draft_model=FOLDER_OR_ID or self=LAYERS_OR_FOLDER. "
+            "May be repeated.",
             metavar="METHOD=SOURCE",
         ),
     ] = None,

@@ -14,7 +14,7 @@ from parlay.engine.engine import Engine
 from parlay.server.metrics import Metrics
 from parlay.types import Request, SamplingParams, Tree
 from tests.architectures import make_model, prompts_of
-from tests.drafting import engine_with
+from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy
 
 PROMPTS = [tuple([7, 8, 9] * 5), *prompts_of(5)]
@@ -37,12 +37,12 @@ def outputs(engine: Engine, **params: Any) -> Mapping[str, Sequence[int]]:
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 3}], ids=["greedy", "coupled"])
-@pytest.mark.parametrize("method", ["eagle", "draft_model", "self"])
+@pytest.mark.parametrize("method", ["eagle", "draft_model", "self", "trained self"])
 @pytest.mark.parametrize("verb", ["offer", "draft", "forward", "commit", "forget", "garbage", "too much"])
 def test_nothing_is_lost(
     folder: Path, method: str, verb: str, params: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = engine_with(folder, method)
+    engine, method = engine_with(folder, method), method_of(method)
     (drafter,) = engine.drafters.by_name.values()
     engine.drafters = Drafters([drafter, PromptLookup(Tree.chain(3))])
     engine.policy = RandomPolicy(0, [method, "prompt_lookup"])

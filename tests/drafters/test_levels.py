@@ -19,7 +19,7 @@ from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.trees import expected_emitted, kary
 from parlay.types import Bet, Request, SamplingParams, SpeculationStats, StepPlan, Tree
 from tests.architectures import make_model, plain_model, prompts_of
-from tests.drafting import engine_with
+from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
@@ -65,7 +65,7 @@ class Switching(RandomPolicy):
         return plan if self._rng.random() < 0.5 else StepPlan((None,) * len(rows))
 
 
-@pytest.mark.parametrize("method", ["eagle", "draft_model", "self"])
+@pytest.mark.parametrize("method", ["eagle", "draft_model", "self", "trained self"])
 @pytest.mark.parametrize("seed", range(4))
 def test_guesses_do_not_depend_on_what_happened_to_the_pages(folder: Path, method: str, seed: int) -> None:
     """Under preemption, prefix hits, forks and spells of being off, a draft is the one that a fresh engine makes."""
@@ -78,7 +78,7 @@ def test_guesses_do_not_depend_on_what_happened_to_the_pages(folder: Path, metho
         folder, method, page_size=page_size, max_num_seqs=4, max_num_batched_tokens=24,
         kv_cache_memory=position * page_size * (2 + 70 // page_size),
     )  # fmt: skip
-    engine.policy = Switching(seed, [method])
+    engine.policy = Switching(seed, [method_of(method)])
     drafts = _note_drafts(engine.drafters)
     for number, prompt in enumerate(prompts_of(10, seed)):
         params = SamplingParams(max_tokens=rng.randint(4, 24), ignore_eos=True, temperature=0, n=rng.choice([1, 1, 2]))

@@ -15,7 +15,7 @@ from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
 from parlay.types import Bet, InvalidRequest, Request, SamplingParams
 from tests.architectures import make_model, prompts_of
-from tests.drafting import sources
+from tests.drafting import method_of, sources
 from tests.gamblers import RandomPolicy, RandomSampler
 from tests.tiny import VOCAB_SIZE
 
@@ -30,14 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_engine(folder: Path, rng: random.Random, method: str) -> Engine:
     page_size = rng.choice([1, 3, 4, 16])
     seqs = rng.choice([1, 3, 8])
-    position = 2 * 2 * 2 * 8 * 8 * (1 if method == "self" else 2)  # a head and its features take as much
+    position = 2 * 2 * 2 * 8 * 8 * (1 if method_of(method) == "self" else 2)  # a head and its features take as much
     pages = rng.randint(-(-60 // page_size) + 2, -(-160 // page_size) + 2)
     return Engine(
         EngineConfig(
             str(folder), dtype="float64", page_size=page_size, max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(seqs, 40), kv_cache_memory=pages * page_size * position,
             prefix_caching=rng.random() < 0.7, seed=0, self_check=False,
-            speculation=Bet(method, kary(2, 3)), drafters={method: sources(folder)[method]},
+            speculation=Bet(method_of(method), kary(2, 3)), drafters={method_of(method): sources(folder)[method]},
         )
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def expected_outputs(folder: Path, requests: list[Request]) -> dict[str, dict[in
     return found
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_traffic(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     requests = [
@@ -73,8 +73,8 @@ def test_random_traffic(folder: Path, seed: int) -> None:
         for number, prompt in enumerate(prompts_of(14, seed))
     ]  # fmt: skip
     expected = expected_outputs(folder, requests)
-    method = ("eagle", "draft_model", "self")[seed % 3]
-    engine = small_engine(folder, rng, method)
+    method = ("eagle", "draft_model", "self", "trained self")[seed % 4]
+    engine, method = small_engine(folder, rng, method), method_of(method)
     others = [PromptLookup(), Suffix(kary(2, 2), shared=200, least=0.0), RandomSampler(VOCAB_SIZE, seed)]
     engine.drafters = Drafters([*engine.drafters.by_name.values(), *others])
     engine.policy = RandomPolicy(seed, [method, method, "prompt_lookup", "suffix", "random_sampler"])

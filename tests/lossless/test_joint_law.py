@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.eagle_files import save_head
+from parlay.drafters.exit_part import save_exit
 from parlay.engine.engine import Engine
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.architectures import plain_model
-from tests.drafting import tiny_head
+from tests.drafting import method_of, tiny_exit, tiny_head
 from tests.gamblers import RandomPolicy, RandomSampler
 
 VOCAB, LENGTH, SAMPLES = 4, 4, 6000
@@ -42,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         LlamaForCausalLM(config).double().save_pretrained(place)
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place)
+    save_exit(tiny_exit(hidden=16), path / "exit", "four words", int8=False)
     save_head(tiny_head(vocab=3, hidden=16, target_vocab=VOCAB), path / "head", int8=False)
     return path
 
@@ -58,12 +60,14 @@ def exact_law(folder: Path, top_k: int = 0) -> dict[tuple[int, ...], float]:
 
 def make_engine(folder: Path, method: str, **options: Any) -> Engine:
     """An engine with one drafter, which bets on trees of all shapes."""
-    bet = Bet(method, Tree.chain(6)) if method in ("draft_model", "eagle", "self") else None
     source = {"draft_model": str(folder / "draft"), "eagle": str(folder / "head"), "self": "1"}
+    source["trained self"] = str(folder / "exit")
+    given, method = source.get(method), method_of(method)
+    bet = Bet(method, Tree.chain(6)) if given else None
     engine = Engine(
         EngineConfig(
             str(folder), max_num_seqs=64, max_num_batched_tokens=512, seed=1, self_check=False, speculation=bet,
-            drafters={method: source[method]} if bet else {}, **options,
+            drafters={method: given} if given else {}, **options,
         )
     )  # fmt: skip
     if method == "random_sampler":
@@ -82,7 +86,7 @@ def test_sequences_occur_as_often_as_the_model_says(
 
 
 @pytest.mark.parametrize("sampling", ["sequoia", "specinfer", "topk"])
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "self"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "self", "trained self"])
 def test_drafters_that_sample_change_nothing(folder: Path, method: str, sampling: str) -> None:
     """The distributions that they hand to verification are those that they drew from; a head cannot say everything."""
     engine = make_engine(folder, method, dtype="float64", tree_sampling=sampling)

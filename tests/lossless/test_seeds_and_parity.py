@@ -18,7 +18,7 @@ from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
 from parlay.types import Request, SamplingParams, TokenLogprobs, Tree
 from tests.architectures import make_model, prompts_of
-from tests.drafting import engine_with
+from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy, RandomSampler
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
@@ -32,7 +32,7 @@ def engine_for(folder: Path, drafter: Drafter | str | None = None, **options: An
     """With a drafter, or one of those that have weights by its name, and a policy that bets at random."""
     if isinstance(drafter, str):
         engine = engine_with(folder, drafter, **options)
-        engine.policy = RandomPolicy(1, [drafter])
+        engine.policy = RandomPolicy(1, [method_of(drafter)])
         return engine
     settings: dict[str, Any] = {
         "dtype": "float64",
@@ -70,6 +70,7 @@ DRAFTERS: dict[str, Callable[[], Drafter | str]] = {
     "eagle": lambda: "eagle",
     "draft model": lambda: "draft_model",
     "early exit": lambda: "self",
+    "trained early exit": lambda: "trained self",
     "prompt lookup": lambda: PromptLookup(Tree.chain(6)),
     "prompt lookup tree": lambda: PromptLookup(Tree((-1, -1, -1, 0, 0, 1, 3, 3))),
     "suffix tree": lambda: Suffix(kary(2, 3), least=0.0),

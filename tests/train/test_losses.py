@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parlay.train import losses
-from parlay.train.losses import DIVERGENCES, Divergence, Targets, head_loss
+from parlay.train.losses import DIVERGENCES, Divergence, Targets, head_loss, logits_loss
 
 VOCAB, WIDTH, PLACES = 11, 7, 9
 
@@ -43,6 +43,11 @@ def test_loss_and_gradients(divergence: Divergence) -> None:
     for ours, theirs in zip(found, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(agreement, torch.minimum(logits.softmax(-1), target).sum(-1).detach())
+    # Of logits that are there it is the same.
+    again, agreement_again = logits_loss(hidden @ weight.T, Targets(*padded, weights), divergence)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(agreement_again, agreement)
+    torch.testing.assert_close(torch.autograd.grad(3 * again, hidden)[0], 3 * found[0])
 
 
 def test_forward_kl_leaves_out_what_the_drafter_cannot_say() -> None:

@@ -1,16 +1,19 @@
-"""Early exit: the target's own first layers guess, with its own weights, KV and head."""
+"""Early exit: the target's own first layers guess, with its own weights, KV and head; a small trained part may help."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import torch
 
+from parlay.drafters.exit_part import ExitPart, load_exit
 from parlay.drafters.levels import LevelDrafter
 from parlay.engine.attention import forward_batch
 from parlay.engine.batch import ForwardBatch
 from parlay.engine.model import LoadedModel, TargetModel
+from parlay.engine.products import pack_products
 from parlay.types import Row, Tree
 
 
@@ -20,24 +23,34 @@ class EarlyExit(LevelDrafter):
     Args:
         tree: The largest tree.
         target: The target.
-        exit: Layers to run; None takes a quarter.
+        exit: Layers to run; a trained part knows how many, and None takes a quarter.
         seed: Of sampled guesses.
     """
 
     name = "self"
     owns_kv = False
 
-    def __init__(self, tree: Tree, target: LoadedModel, exit: int | None = None, seed: int = 0) -> None:
+    def __init__(self, tree: Tree, target: LoadedModel, exit: int | ExitPart | None = None, seed: int = 0) -> None:
         super().__init__(tree, target.device, seed)
-        self.layers = range(exit or max(1, len(target.shapes) // 4))
+        self.part = None
+        if isinstance(exit, ExitPart):
+            self.part = exit.to(target.device, target.dtype).eval()
+            pack_products(self.part)
+            exit = exit.shape.exit
+        self.layers = range(exit or default_exit(len(target.shapes)))
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
-        """See `Drafter`. What a user writes as the source is the number of layers."""
+        """See `Drafter`. A user writes a number of layers, or the folder of a trained exit."""
         count = len(target.shapes)
-        if source is not None and not (source.isdecimal() and 0 < int(source) < count):
-            raise ValueError(f"drafter self: write the number of layers to run, from 1 to {count - 1}, not {source!r}")
-        return cls(tree, target, int(source) if source else None)
+        if source is None or (source.isdecimal() and 0 < int(source) < count):
+            return cls(tree, target, int(source) if source else None)
+        if not (folder := Path(source).expanduser()).is_dir():
+            raise ValueError(
+                f"drafter self: write the number of layers to run, from 1 to {count - 1}, or the folder of a trained "
+                f"exit, not {source!r}"
+            )
+        return cls(tree, target, load_exit(folder, target))
 
     def attach(self, target: TargetModel) -> None:
         """See `Drafter`."""
@@ -61,4 +74,11 @@ class EarlyExit(LevelDrafter):
         del parents
         model = self._model
         with forward_batch(model.attention(model.kv, batch)):
-            return model.segments(batch.tokens, batch.positions, layers=self.layers, reads=batch.reads).logits
+            return model.segments(
+                batch.tokens, batch.positions, layers=self.layers, reads=batch.reads, then=self.part
+            ).logits
+
+
+def default_exit(layers: int) -> int:
+    """How many layers, of so many, run where nobody says so."""
+    return max(1, layers // 4)

@@ -149,7 +149,7 @@ def load(
         options |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     else:
         options["use_safetensors"] = True
-    with _quiet() if source.local else warnings.catch_warnings():
+    with quiet() if source.local else warnings.catch_warnings():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(source.path, **options)
@@ -228,7 +228,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model, tokenizer = load(ModelSource(str(gguf.parent), gguf_file=gguf.name), torch.bfloat16)
     _split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -287,7 +287,7 @@ def _only_one(path: Path, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and advice off the terminal."""
     from transformers.utils import logging
 

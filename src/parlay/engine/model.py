@@ -77,6 +77,14 @@ class LoadedModel:
             return min(longest, int(original))
         return longest
 
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Every id that ends an output: the generation configuration's and the tokenizer's own, if it is a token."""
+        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = listed if isinstance(listed, list) else [listed]
+        known = range(self.config.vocab_size)
+        return tuple(sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None and i in known}))
+
 
 def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     """Loads a checkpoint and learns from one small pass what its layers keep.

@@ -39,6 +39,7 @@ class _Work:
     hidden: torch.Tensor | None
     taps: frozenset[int]
     reads: torch.Tensor
+    then: Callable[[torch.Tensor], torch.Tensor] | None
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -126,6 +127,7 @@ class SegmentedModel:
         hidden: torch.Tensor | None = None,
         taps: Sequence[int] = (),
         reads: torch.Tensor | None = None,
+        then: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> SegmentOutput:
         """Runs one segment, inside a `forward_batch` scope.
 
@@ -136,12 +138,14 @@ class SegmentedModel:
             hidden: [T, hidden] state before the first of them; None starts from the embedding.
             taps: Return the state after so many layers (0 is the embedding's).
             reads: [N] positions in the packed step whose logits are wanted; None wants none.
+            then: What the state after the layers goes through on its way to the norm; the output's is the one before.
         """
         work = _Work(
             layers=range(self.num_layers) if layers is None else layers,
             hidden=hidden,
             taps=frozenset(taps),
             reads=tokens[:0] if reads is None else reads,
+            then=then,
         )
         self._work = work
         logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
@@ -159,7 +163,7 @@ class SegmentedModel:
             if index + 1 in work.taps:
                 work.tapped[index + 1] = hidden[0]
         work.hidden = hidden[0]
-        return hidden
+        return hidden if work.then is None else work.then(hidden)
 
     def _keep_read(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         work = self._work

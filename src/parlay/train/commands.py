@@ -18,7 +18,9 @@ def train(
         str,
         typer.Option("--model", "-m", help="Whom to guess for: a built-in name, a Hugging Face id, a local folder."),
     ] = DEFAULT_MODEL,
-    kind: Annotated[Literal["eagle"], typer.Option(help="The kind of drafter.")] = "eagle",
+    kind: Annotated[
+        Literal["eagle", "self", "draft_model"], typer.Option(help="The kind of drafter: a method's name.")
+    ] = "eagle",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -58,11 +60,27 @@ def train(
         Literal["forward_kl", "reverse_kl", "tvd"],
         typer.Option(help="Distance from the model's distribution that goes down.", rich_help_panel="Training"),
     ] = "forward_kl",
-    vocab: Annotated[
-        int, typer.Option(help="Tokens that the drafter can guess.", min=16, rich_help_panel="Size")
-    ] = 8192,
+    on_policy: Annotated[
+        float,
+        typer.Option(
+            help="Share of steps in which a draft model learns from texts that it writes itself.",
+            min=0,
+            max=1,
+            rich_help_panel="Training",
+        ),
+    ] = 0.0,
+    exit: Annotated[
+        int | None,
+        typer.Option(help="Layers that self runs; by default a quarter.", min=1, rich_help_panel="Size"),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers of a draft model; by default an eighth.", min=1, rich_help_panel="Size"),
+    ] = None,
+    vocab: Annotated[int, typer.Option(help="Tokens that a head can guess.", min=16, rich_help_panel="Size")] = 8192,
     intermediate: Annotated[
-        int | None, typer.Option(help="Width of a head's MLP; by default the model's.", min=8, rich_help_panel="Size")
+        int | None,
+        typer.Option(help="Width of the MLP of eagle and self; by default the model's.", min=8, rich_help_panel="Size"),
     ] = None,
     taps: Annotated[
         str | None,
@@ -72,7 +90,12 @@ def train(
         ),
     ] = None,
     float16: Annotated[
-        bool, typer.Option("--float16", help="Write weights in float16 instead of int8.", rich_help_panel="Size")
+        bool,
+        typer.Option(
+            "--float16",
+            help="Write weights in float16 instead of int8 (a draft model: bfloat16).",
+            rich_help_panel="Size",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Decides everything that is random.", rich_help_panel="Training")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
@@ -97,6 +120,9 @@ def train(
             rate=rate,
             turns=turns,
             divergence=divergence,
+            on_policy=on_policy,
+            exit=exit,
+            layers=layers,
             vocab=vocab,
             intermediate=intermediate,
             taps=_layers(taps),

@@ -108,6 +108,7 @@ class Training:
         order: What is trained; another order's checkpoint is not gone on with.
         folder: Where checkpoints are kept.
         show: Told how far it is, from 0 to 1, and how it goes.
+        rewrite: What a step learns from in place of its batch; follows from that, the step's number and the weights.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class Training:
         order: Mapping[str, object],
         folder: Path,
         show: Callable[[float, str], None],
+        rewrite: Callable[[Batch, int], Batch],
     ) -> None:
         self._objective, self._data, self._schedule, self._show = objective, data, schedule, show
+        self._rewrite = rewrite
         self._checkpoint = folder / CHECKPOINT
         self._files = list(files)
         self._order_of = json.loads(json.dumps(dict(order)))
@@ -157,6 +160,7 @@ class Training:
                 progress = max(done.step / steps, done.seconds / self._schedule.seconds)
                 if is_over := progress >= 1:
                     break
+                batch = self._rewrite(batch, number)
                 loss, first = self._step(batch, progress)
                 done.step, done.tokens = number, done.tokens + batch.count
                 loss_seen = loss if math.isnan(loss_seen) else 0.95 * loss_seen + 0.05 * loss

@@ -32,6 +32,10 @@ class Targets:
     probs: torch.Tensor
     weights: torch.Tensor
 
+    def part(self, places: slice) -> Targets:
+        """Those of some of the places."""
+        return Targets(self.ids[places], self.probs[places], self.weights[places])
+
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -67,6 +71,14 @@ def _tvd(q: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> tuple[torch
 RULES: dict[Divergence, Rule] = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "tvd": _tvd}
 
 
+def _weighed(logits: torch.Tensor, targets: Targets, rule: Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted sum of the divergences, its gradient by the logits, and the sum of min(p, q) at each place."""
+    q = logits.softmax(-1)
+    agreement = torch.minimum(q.gather(1, targets.ids), targets.probs).sum(-1)
+    loss, gradient = rule(q, targets.ids, targets.probs)
+    return (loss * targets.weights).sum(), gradient.mul_(targets.weights[:, None]), agreement
+
+
 class _HeadLoss(torch.autograd.Function):
     """A vocabulary's product and divergence together, chunk by chunk, so that few logits exist at a time."""
 
@@ -79,12 +91,10 @@ class _HeadLoss(torch.autograd.Function):
         agreed = []
         for at in range(0, len(hidden), CHUNK):
             part = slice(at, at + CHUNK)
-            some, ids, probs = hidden[part], targets.ids[part], targets.probs[part]
-            q = (some @ weight.T).softmax(-1)
-            agreed.append(torch.minimum(q.gather(1, ids), probs).sum(-1))
-            loss, gradient = rule(q, ids, probs)
-            total += (loss * targets.weights[part]).sum()
-            gradient.mul_(targets.weights[part, None])
+            some = hidden[part]
+            loss, gradient, agreement = _weighed(some @ weight.T, targets.part(part), rule)
+            total += loss
+            agreed.append(agreement)
             to_hidden[part] = gradient @ weight
             to_weight.addmm_(gradient.T, some)
         ctx.save_for_backward(to_hidden, to_weight)
@@ -113,4 +123,33 @@ def head_loss(
         The sum, and [N] the sum of min(p, q) at each place: how often one sampled guess would be accepted.
     """
     total, agreement = _HeadLoss.apply(hidden, weight, targets, RULES[divergence])  # type: ignore[misc]
+    return total, agreement
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The divergence of logits that are there, with little beside them but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: Targets, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+        to_logits = torch.empty_like(logits)
+        total, agreed = logits.new_zeros(()), []
+        for at in range(0, len(logits), CHUNK):
+            part = slice(at, at + CHUNK)
+            loss, to_logits[part], agreement = _weighed(logits[part], targets.part(part), rule)
+            total += loss
+            agreed.append(agreement)
+        ctx.save_for_backward(to_logits)
+        agreement = torch.cat(agreed) if agreed else logits.new_zeros(0)
+        ctx.mark_non_differentiable(agreement)
+        return total, agreement
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (to_logits,) = ctx.saved_tensors
+        return to_logits * gradients[0], None, None
+
+
+def logits_loss(logits: torch.Tensor, targets: Targets, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `head_loss`, of logits from a vocabulary that is not trained. logits: [N, V]."""
+    total, agreement = _LogitsLoss.apply(logits, targets, RULES[divergence])  # type: ignore[misc]
     return total, agreement

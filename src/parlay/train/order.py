@@ -9,7 +9,7 @@ from typing import Literal
 from parlay.config import Compile
 from parlay.train.losses import Divergence
 
-Kind = Literal["eagle"]
+Kind = Literal["eagle", "self", "draft_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class Order:
         batch: Tokens in a step.
         rate: Highest learning rate.
         turns: How far an `eagle` head goes on from its own output while it learns.
-        vocab: Tokens that the drafter can guess.
-        intermediate: Width of an `eagle` head's MLP; None takes the target's.
+        vocab: Tokens that an `eagle` head can guess.
+        intermediate: Width of an `eagle` head's or a `self` drafter's MLP; None takes the target's.
         taps: Layers that a head reads; none for a low, a middle and a high one.
+        exit: Layers of the target that a `self` drafter runs; None takes a quarter.
+        layers: Layers of a `draft_model`; None takes an eighth of the target's.
+        on_policy: The share of steps, from 0 to 1, in which a `draft_model` learns from texts of its own.
         divergence: From the target's distribution.
-        int8: Write matrices in int8, else in float16.
+        int8: Write matrices in int8, else in float16; a `draft_model` in bfloat16, else in float16.
         seed: Decides everything that is random.
         compile: Whether to compile the target's layers for recording; see `EngineConfig`.
     """
@@ -53,6 +56,9 @@ class Order:
     vocab: int = 8192
     intermediate: int | None = None
     taps: tuple[int, ...] = ()
+    exit: int | None = None
+    layers: int | None = None
+    on_policy: float = 0.0
     divergence: Divergence = "forward_kl"
     int8: bool = True
     seed: int = 0

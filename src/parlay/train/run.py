@@ -21,9 +21,10 @@ from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.train import eagle
+from parlay.train import draft_model, eagle, early_exit
 from parlay.train.dataset import Dataset, Recipe, count_tokens
 from parlay.train.loop import DEPTH, Evaluation, Objective, Schedule, Training, read_about
+from parlay.train.on_policy import OnPolicy
 from parlay.train.order import Kind, Order
 from parlay.train.recording import Recorded
 
@@ -39,13 +40,19 @@ class Maker:
     Attributes:
         taps: The layers, of so many, whose states it reads.
         begin: What is trained, for a target, with texts whose tokens may be counted.
+        writes: Whether it is a language model by itself, which can write texts to learn from.
     """
 
     taps: Callable[[Order, int], tuple[int, ...]]
     begin: Callable[[Order, LoadedModel, Iterable[Recorded]], Objective]
+    writes: bool = False
 
 
-MAKERS: dict[Kind, Maker] = {"eagle": Maker(eagle.taps, eagle.begin)}
+MAKERS: dict[Kind, Maker] = {
+    "eagle": Maker(eagle.taps, eagle.begin),
+    "self": Maker(early_exit.taps, early_exit.begin),
+    "draft_model": Maker(draft_model.taps, draft_model.begin, writes=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,8 @@ def train(order: Order) -> Card:
         ValueError: naming what does not fit together.
     """
     began = time.monotonic()
+    if order.on_policy and not MAKERS[order.kind].writes:
+        raise ValueError(f"on_policy: a drafter of kind {order.kind} writes no texts by itself; leave --on-policy out")
     target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
     taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
@@ -161,7 +170,8 @@ def _train(
     trained = about["state"]["seconds"] if about else 0.0
     left = max(1e-9, 60 * order.minutes - (time.monotonic() - began))
     schedule = Schedule(order.epochs, order.batch, order.rate, trained + left, order.seed)
-    evaluations = Training(objective, data, schedule, files, _identity(order), work, show).run()
+    rewrite = OnPolicy(objective.module, target, order.on_policy, order.seed)
+    evaluations = Training(objective, data, schedule, files, _identity(order), work, show, rewrite).run()
     objective.save(order.out, order.int8)
     return evaluations, sum(weight.numel() for weight in objective.module.parameters() if weight.requires_grad)
 
