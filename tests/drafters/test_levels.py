@@ -35,7 +35,7 @@ def finish(engine: Engine, prompts: list[tuple[int, ...]], **params: Any) -> dic
     """What speculation did for each prompt."""
     found = {str(number): SpeculationStats() for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        engine.add(Request(str(number), prompt, SamplingParams(max_tokens=20, ignore_eos=True, **params)))
+        engine.add(Request(str(number), prompt, SamplingParams(**{"max_tokens": 20, "ignore_eos": True} | params)))
     while engine.has_work:
         for delta in engine.step():
             found[delta.request_id] += delta.stats
@@ -55,6 +55,28 @@ def test_a_draft_model_that_is_the_target_is_always_right(folder: Path, params: 
     engine = engine_with(folder, "draft_model", kary(2, 3), max_num_batched_tokens=512, page_size=4)
     for stats in finish(engine, prompts_of(8), **params).values():
         assert stats.steps <= 2 + -(-20 // 4)
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, {"seed": 7}, {"verification": "optimal"}], ids=["greedy", "coupled", "optimal"]
+)
+@pytest.mark.parametrize("tree", [Tree.chain(4), kary(2, 3)], ids=["chain", "tree"])
+def test_an_end_that_may_not_come_yet_is_not_guessed(folder: Path, params: dict[str, Any], tree: Tree) -> None:
+    """The draft model that is the target is right again, although both would say the end at once if they could."""
+    engine = engine_with(folder, "draft_model", tree)
+    (end,) = engine.eos[:1]
+    stops = tuple(range(100, 200))
+    limits = {"min_tokens": 20, "ignore_eos": False, "logit_bias": {end: 30.0}, "stop_token_ids": stops} | params
+    for stats in finish(engine, prompts_of(8), **limits).values():
+        assert stats.steps <= 2 + -(-20 // (tree.depth + 1))
+
+
+def test_an_end_that_a_drafter_does_not_know(folder: Path) -> None:
+    """A head's vocabulary is reduced; what is forbidden may lie beyond it."""
+    engine = engine_with(folder, "eagle", kary(2, 3))
+    stats = finish(engine, prompts_of(4), min_tokens=20, stop_token_ids=(VOCAB_SIZE - 1,), temperature=0)
+    assert all(some.drafted for some in stats.values())
+    assert not engine.drafters.failed
 
 
 class Switching(RandomPolicy):

@@ -40,7 +40,7 @@ class LevelDrafter(Drafter):
 
     def attach(self, target: TargetModel) -> None:
         """See `Drafter`."""
-        self.page_size = target.kv.page_size
+        self.page_size, self.eos = target.kv.page_size, target.eos
         self.coverage = Coverage(self.page_size)
 
     @abstractmethod
@@ -123,7 +123,7 @@ class LevelDrafter(Drafter):
             self.note_read(row, line.end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
         growths = {
-            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])))
+            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])), self.eos)
             for row, bet in zip(rows, bets, strict=True)
             if row.seq in done
         }

@@ -45,7 +45,7 @@ class Engine:
         strict = config.parity == "strict"
         loaded = load_model(resolve(config.model), config)
         expected = self_check.reference(loaded) if config.self_check else None
-        self.eos = _eos(loaded)
+        self.eos = loaded.eos
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
         self.drafters = _drafters(config, loaded)
@@ -210,14 +210,6 @@ class _Laps:
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
-
-
-def _eos(loaded: LoadedModel) -> tuple[int, ...]:
-    """Every id that ends an output: the generation configuration's and the tokenizer's own, if the model knows it."""
-    listed = getattr(loaded.model.generation_config, "eos_token_id", None)
-    ids = listed if isinstance(listed, list) else [listed]
-    known = range(loaded.config.vocab_size)
-    return tuple(sorted({int(i) for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None and i in known}))
 
 
 def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
