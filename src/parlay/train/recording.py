@@ -61,7 +61,7 @@ class Recorder(Drafter):
         """Nothing."""
         return [None] * len(rows)
 
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         """Nothing."""
         return [None] * len(rows)
 
