@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 import torch
@@ -59,6 +59,9 @@ class Drafter(ABC):
 
     def attach(self, target: TargetModel) -> None:  # noqa: B027  (most keep nothing)
         """Called once, when the target's pages exist: makes room for what it keeps by position."""
+
+    def detach(self) -> None:  # noqa: B027
+        """Called once, when it is switched off: gives back what `attach` took of the target's pool."""
 
     def compilables(self) -> Sequence[Compilable]:
         """Layers of its own that run faster compiled."""
@@ -140,7 +143,7 @@ class ShownGuesses(Drafter):
 class Drafters:
     """The drafters of one engine, by name.
 
-    One that raises is switched off for the engine's life: guesses are all that is lost.
+    One that raises is switched off for the engine's life and let go, with its memory: guesses are all that is lost.
 
     Attributes:
         by_name: Those that work.
@@ -219,3 +222,5 @@ class Drafters:
             logger.exception("drafter %s failed and is switched off", drafter.name)
             del self.by_name[drafter.name]
             self.failed = (*self.failed, drafter.name)
+            with suppress(Exception):  # it has failed before
+                drafter.detach()
