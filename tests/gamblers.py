@@ -51,7 +51,7 @@ class NoisyOracle(_Drafter):
     def __init__(self, outputs: Mapping[tuple[int, ...], Sequence[int]], vocab: int, seed: int = 0) -> None:
         self._outputs, self._vocab, self._rng = outputs, vocab, random.Random(seed)
 
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         return [self._draft(row, bet.tree) for row, bet in zip(rows, bets, strict=True)]
 
     def _draft(self, row: Row, tree: Tree) -> Draft:
@@ -80,7 +80,7 @@ class RandomSampler(_Drafter):
         self._vocab = vocab
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         return [self._draft(bet.tree) for bet in bets]
 
     def _draft(self, tree: Tree) -> Draft:

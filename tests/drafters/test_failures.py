@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 
 from parlay.drafters.base import Drafters
+from parlay.drafters.draft_model import DraftModel
+from parlay.drafters.eagle import Eagle
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.server.metrics import Metrics
@@ -73,3 +77,24 @@ def test_nothing_is_lost(
     text = Metrics("m", engine.status).write("")[0].decode()
     assert f'parlay:spec_decode_drafter_failures_total{{method="{method}",model_name="m"}} 1.0' in text
     assert calls == 5, "it is never asked again"
+
+
+@pytest.mark.parametrize("method", ["eagle", "draft_model"])
+def test_its_memory_is_given_back(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parlay.drafters.base.logger.disabled", True)  # pytest keeps what is logged, with its frames
+    engine = engine_with(folder, method)
+    (drafter,) = engine.drafters.by_name.values()
+    assert isinstance(drafter, Eagle | DraftModel)
+    weights = drafter.head if isinstance(drafter, Eagle) else drafter._loaded.model
+    held = [weakref.ref(some) for some in (drafter, weights, *weights.parameters())]
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("the wheel fell off")
+
+    drafter.draft = failing  # type: ignore[method-assign]
+    del drafter, weights
+    outputs(engine, temperature=0)
+    gc.collect()
+    assert engine.drafters.failed == (method,)
+    assert not [some() for some in held if some() is not None]
+    assert len(engine.model.kv.pools) == len(engine.model.kv.slots) == len(engine.model.kv.keys), "features are gone"

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from parlay.config import EngineConfig, likely_tree, parse_bet
 from parlay.drafters.base import Drafters
 from parlay.drafters.growing import BRANCH, WIDTH
+from parlay.drafters.levels import LEAST, LevelDrafter
 from parlay.engine.engine import Engine
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.trees import expected_emitted, kary
@@ -35,7 +36,7 @@ def finish(engine: Engine, prompts: list[tuple[int, ...]], **params: Any) -> dic
     """What speculation did for each prompt."""
     found = {str(number): SpeculationStats() for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        engine.add(Request(str(number), prompt, SamplingParams(max_tokens=20, ignore_eos=True, **params)))
+        engine.add(Request(str(number), prompt, SamplingParams(**{"max_tokens": 20, "ignore_eos": True} | params)))
     while engine.has_work:
         for delta in engine.step():
             found[delta.request_id] += delta.stats
@@ -55,6 +56,28 @@ def test_a_draft_model_that_is_the_target_is_always_right(folder: Path, params: 
     engine = engine_with(folder, "draft_model", kary(2, 3), max_num_batched_tokens=512, page_size=4)
     for stats in finish(engine, prompts_of(8), **params).values():
         assert stats.steps <= 2 + -(-20 // 4)
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, {"seed": 7}, {"verification": "optimal"}], ids=["greedy", "coupled", "optimal"]
+)
+@pytest.mark.parametrize("tree", [Tree.chain(4), kary(2, 3)], ids=["chain", "tree"])
+def test_an_end_that_may_not_come_yet_is_not_guessed(folder: Path, params: dict[str, Any], tree: Tree) -> None:
+    """The draft model that is the target is right again, although both would say the end at once if they could."""
+    engine = engine_with(folder, "draft_model", tree)
+    (end,) = engine.eos[:1]
+    stops = tuple(range(100, 200))
+    limits = {"min_tokens": 20, "ignore_eos": False, "logit_bias": {end: 30.0}, "stop_token_ids": stops} | params
+    for stats in finish(engine, prompts_of(8), **limits).values():
+        assert stats.steps <= 2 + -(-20 // (tree.depth + 1))
+
+
+def test_an_end_that_a_drafter_does_not_know(folder: Path) -> None:
+    """A head's vocabulary is reduced; what is forbidden may lie beyond it."""
+    engine = engine_with(folder, "eagle", kary(2, 3))
+    stats = finish(engine, prompts_of(4), min_tokens=20, stop_token_ids=(VOCAB_SIZE - 1,), temperature=0)
+    assert all(some.drafted for some in stats.values())
+    assert not engine.drafters.failed
 
 
 class Switching(RandomPolicy):
@@ -102,8 +125,8 @@ def _note_drafts(drafters: Drafters) -> list[tuple[tuple[int, ...], Bet, tuple[T
     (drafter,) = drafters.by_name.values()
     noted, draft = [], drafter.draft
 
-    def noting(rows: Any, bets: Any) -> Any:
-        drafts = draft(rows, bets)
+    def noting(rows: Any, bets: Any, budget: int) -> Any:
+        drafts = draft(rows, bets, budget)
         for row, bet, some in zip(rows, bets, drafts, strict=True):
             if some is not None:
                 noted.append((tuple(row.tokens[: row.length]), bet, (some.tree, some.tokens)))
@@ -137,6 +160,53 @@ class _Always:
 
     def observe(self, rows: Any, result: Any) -> None:
         pass
+
+
+def test_catching_up_stays_within_the_token_budget(folder: Path) -> None:
+    engine = engine_with(folder, "draft_model", Tree.chain(2), max_num_batched_tokens=64, max_num_seqs=4)
+    read = _note_reading(engine)
+    prompts = [tuple(range(3, 103)), (5, 6, 7)]
+    found = finish(engine, prompts, **GREEDY)
+    assert all(stats.accepted == stats.drafted > 0 for stats in found.values())
+    assert sum(missed for _, missed in read) > 100
+    assert all(missed <= max(LEAST, 64 - known) for known, missed in read)
+    assert max(missed for _, missed in read) > 50, "it takes what it can get"
+
+
+def test_catching_up_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step has next to nothing left, and where other rows' own guesses leave much to read."""
+    engine = engine_with(folder, "draft_model", Tree.chain(2), max_num_batched_tokens=5, max_num_seqs=4)
+    engine.policy = _Always(Bet("draft_model", Tree.chain(2)))
+    found = finish(engine, [tuple(range(3, 63)), (4, 5), (6, 7), (8, 9)], max_tokens=60, **GREEDY)
+    assert found["0"].accepted > 10
+    monkeypatch.setattr("parlay.drafters.levels.LEAST", 4)
+    engine = engine_with(folder, "draft_model", Tree.chain(1), max_num_batched_tokens=18, max_num_seqs=9)
+    found = finish(engine, [*((3, 4, 5 + i) for i in range(8)), tuple(range(3, 63))], max_tokens=50, **GREEDY)
+    assert found["8"].accepted > 5
+
+
+def _note_reading(engine: Engine) -> list[tuple[int, int]]:
+    """Per step, how many known tokens the target reads, and how many the drafter reads of rows that are behind."""
+    (drafter,) = engine.drafters.by_name.values()
+    assert isinstance(drafter, LevelDrafter)
+    noted, draft, forward = [], drafter.draft, drafter.forward
+    behind = 0
+
+    def drafting(rows: Any, bets: Any, budget: int) -> Any:
+        nonlocal behind
+        behind = 0
+        drafts = draft(rows, bets, budget)
+        noted.append((engine.config.max_num_batched_tokens - budget, behind))
+        return drafts
+
+    def passing(batch: Any, parents: Any) -> Any:
+        nonlocal behind
+        if parents is None:
+            behind = sum(row.count for row in batch.rows if row.count > drafter.tree.depth + 1)
+        return forward(batch, parents)
+
+    drafter.draft, drafter.forward = drafting, passing  # type: ignore[method-assign]
+    return noted
 
 
 def test_a_free_tree_grows_where_it_is_likely(folder: Path) -> None:

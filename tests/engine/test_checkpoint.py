@@ -9,17 +9,19 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parlay.engine import checkpoint, download
-from parlay.engine.checkpoint import BuiltIn, CheckpointError, ModelSource, load, pull, resolve
+from parlay.engine.checkpoint import BuiltIn, CheckpointError, ModelSource, fetch_folder, load, pull, resolve
 from parlay.engine.download import DownloadError, Wheel
 from tests.tiny import make_tiny_llama
 
@@ -311,6 +313,68 @@ def test_resolve_refuses_folders_without_safe_weights(tmp_path: Path, files: lis
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=message):
         resolve(str(tmp_path))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """A hub on this machine with one repository, `some/head`, and its files."""
+    files: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            commit, body = hashlib.sha1(repr(files).encode()).hexdigest(), None
+            if self.path.startswith(f"/api/models/some/head/tree/{commit}"):
+                listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
+                body = json.dumps(listed).encode()
+            elif self.path.startswith("/api/models/some/head/"):
+                body = json.dumps({"id": "some/head", "sha": commit}).encode()
+            elif self.path.startswith(f"/some/head/resolve/{commit}/"):
+                body = files.get(self.path.rpartition("/")[2])
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", hashlib.sha256(body).hexdigest())
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+            return None
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    here = partial(
+        huggingface_hub.snapshot_download,
+        endpoint=f"http://127.0.0.1:{server.server_port}",
+        cache_dir=tmp_path / "hub",
+        token=False,
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", here)
+    yield files
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_with_safe_weights_and_one_without(hub: dict[str, bytes]) -> None:
+    hub |= {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}
+    with pytest.raises(CheckpointError, match=r"some/head has no .safetensors weights .* convert them where you trust"):
+        fetch_folder("some/head")
+    hub["model.safetensors"] = b"weights"
+    folder = fetch_folder("some/head")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "config.json": b"{}",
+        "model.safetensors": b"weights",
+    }
+    with pytest.raises(CheckpointError, match="some/other cannot be fetched"):
+        fetch_folder("some/other")
 
 
 def test_pull_knows_only_built_in_names() -> None:

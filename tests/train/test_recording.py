@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from parlay.config import EngineConfig
-from parlay.drafters.base import Drafters
-from parlay.engine.engine import Engine
 from parlay.train.conversations import Conversations
-from parlay.train.recording import TOP, Recorder, load, save
+from parlay.train.recording import TOP, Recorder, load, recording_engine, save
 from tests.architectures import plain_model
 from tests.tiny import make_tiny_llama
 
@@ -26,9 +24,10 @@ def test_states_are_those_of_plain_transformers(
     config = EngineConfig(
         str(folder), dtype="float32", speculation=None, page_size=4, max_num_seqs=3, kv_cache_memory=500_000
     )
-    engine = Engine(config)
-    recorder = Recorder(engine, (0, 2))
-    engine.drafters = Drafters([recorder])
+    engine = recording_engine(config, (0, 2))
+    assert 400_000 < sum(pool.nbytes for pool in engine.model.kv.pools) <= 500_000, "states count as KV does"
+    recorder = engine.drafters.by_name["recorder"]
+    assert isinstance(recorder, Recorder)
     conversations = Conversations(engine, questions, "seed", 8)
     assert conversations.run(5) + conversations.run(5) == 8
     found = recorder.found

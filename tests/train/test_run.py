@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from parlay.engine.engine import Engine
 from parlay.train import dataset, loop, run
 from parlay.train.conversations import Conversations
 from parlay.train.order import Order
+from parlay.train.recording import recording_engine
 from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.tiny import make_tiny_llama
@@ -78,11 +80,11 @@ def test_a_question_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pyte
     """What was read while the model wrote a question is not read again with the answer."""
     engines: list[Engine] = []
 
-    def noting(config: EngineConfig) -> Engine:
-        engines.append(Engine(config))
+    def noting(config: EngineConfig, taps: Sequence[int]) -> Engine:
+        engines.append(recording_engine(config, taps))
         return engines[-1]
 
-    monkeypatch.setattr(run, "Engine", noting)
+    monkeypatch.setattr(run, "recording_engine", noting)
     train(order(folder, tmp_path, tmp_path / "data", tokens=1000, epochs=1))
     scheduler = engines[0].scheduler
     assert scheduler.prefix_hits > scheduler.prefix_queries / 4

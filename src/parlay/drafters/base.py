@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 import torch
@@ -60,6 +60,9 @@ class Drafter(ABC):
     def attach(self, target: TargetModel) -> None:  # noqa: B027  (most keep nothing)
         """Called once, when the target's pages exist: makes room for what it keeps by position."""
 
+    def detach(self) -> None:  # noqa: B027
+        """Called once, when it is switched off: gives back what `attach` took of the target's pool."""
+
     def compilables(self) -> Sequence[Compilable]:
         """Layers of its own that run faster compiled."""
         return ()
@@ -69,8 +72,14 @@ class Drafter(ABC):
         """What it could bet on each row; host only and cheap. Nothing sampled is drawn here."""
 
     @abstractmethod
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> Sequence[Draft | None]:
-        """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values."""
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> Sequence[Draft | None]:
+        """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values.
+
+        Args:
+            rows: The rows.
+            bets: What was planned for each.
+            budget: Tokens that known ones left over in this step, for what it has missed; see `LevelDrafter`.
+        """
 
     def commit(  # noqa: B027
         self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]
@@ -114,7 +123,7 @@ class ShownGuesses(Drafter):
         self._shown.update(zip([row.seq for row in rows], offers, strict=True))
         return offers
 
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int = 0) -> list[Draft | None]:
         """See `Drafter`."""
         drafts: list[Draft | None] = []
         for row, bet in zip(rows, bets, strict=True):
@@ -134,7 +143,7 @@ class ShownGuesses(Drafter):
 class Drafters:
     """The drafters of one engine, by name.
 
-    One that raises is switched off for the engine's life: guesses are all that is lost.
+    One that raises is switched off for the engine's life and let go, with its memory: guesses are all that is lost.
 
     Attributes:
         by_name: Those that work.
@@ -175,15 +184,15 @@ class Drafters:
                         offers[i].append(offer)
         return offers
 
-    def draft(self, rows: Sequence[Row], plan: StepPlan) -> list[Draft | None]:
-        """Lets each drafter guess for the rows that were bound to it, all of them at once."""
+    def draft(self, rows: Sequence[Row], plan: StepPlan, budget: int) -> list[Draft | None]:
+        """Lets each drafter guess for the rows that were bound to it, all of them at once; `budget` as for each."""
         drafts: list[Draft | None] = [None] * len(rows)
         for drafter in self._working():
             bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == drafter.name]
             if not bound:
                 continue
             with self._or_off(drafter):
-                guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound])
+                guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound], budget)
                 for (_, bet), draft in zip(bound, guesses, strict=True):
                     small = draft is None or (len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth)
                     assert small, f"{drafter.name} drew more than the planned tree"
@@ -213,3 +222,5 @@ class Drafters:
             logger.exception("drafter %s failed and is switched off", drafter.name)
             del self.by_name[drafter.name]
             self.failed = (*self.failed, drafter.name)
+            with suppress(Exception):  # it has failed before
+                drafter.detach()

@@ -66,8 +66,13 @@ class Eagle(LevelDrafter):
         """See `Drafter`."""
         super().attach(target)
         self._attention = target.attention
+        self._target_kv = target.kv
         self._features = target.kv.keep_beside(self.head.shape.hidden)
         self._kv = PagedKV([self._shape], target.kv.num_pages, self.page_size, self._dtype, self.device)
+
+    def detach(self) -> None:
+        """See `Drafter`."""
+        self._target_kv.drop(self._features)
 
     def compilables(self) -> list[Compilable]:
         """See `Drafter`."""

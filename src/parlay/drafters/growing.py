@@ -36,6 +36,7 @@ class Growth:
     Attributes:
         row: The row.
         bet: What was planned for it.
+        eos: End-of-sequence ids of the target.
         parents: Of each node so far, -1 for the root's children.
         tokens: Of each node.
         survival: Of each node, the product of the drafter's probabilities along its path.
@@ -47,6 +48,7 @@ class Growth:
 
     row: Row
     bet: Bet
+    eos: Sequence[int] = ()
     parents: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
@@ -105,15 +107,11 @@ class Growth:
 
     def path(self, node: int) -> Path:
         """What the processing of the logits behind a node may depend on; -1 is the root."""
-        if (plain := Path(self.row.request.params, (), ())).is_plain:
-            return plain
         guesses: list[int] = []
         while node >= 0:
             guesses.append(self.tokens[node])
             node = self.parents[node]
-        row = self.row
-        prompt = len(row.request.prompt)
-        return Path(row.request.params, row.tokens[:prompt], [*row.tokens[prompt : row.length], *reversed(guesses)])
+        return Path.behind(self.row, guesses[::-1], self.eos)
 
     def key(self, node: int) -> tuple[int, int, int]:
         """Of the noise for the token behind a node; as in `accept`."""
@@ -167,12 +165,13 @@ def draw_children(
         some = [lines[line] for line in members]
         counts = [growth.branches(node) for growth, node in some]
         chosen = logits if len(members) == len(lines) else logits[torch.tensor(members, device=logits.device)]
-        if mode == "greedy" and max(counts) == 1 and all(Path(g.row.request.params, (), ()).is_plain for g, _ in some):
+        paths = [growth.path(node) for growth, node in some]
+        if mode == "greedy" and max(counts) == 1 and all(path.is_plain for path in paths):
             found = argmax(chosen)[:, None]  # nobody asks how sure it is: one child is no tree
             tokens = found if ids is None else ids[found]
             drawn |= {line: (row, [1.0]) for line, row in zip(members, tokens.tolist(), strict=True)}
             continue
-        chosen = _processed(chosen, [growth.path(node) for growth, node in some], ids)
+        chosen = _processed(chosen, paths, ids)
         found, sure = _children(mode if mode != "optimal" else sampling, some, chosen, max(counts), ids, generator)
         tokens = found if ids is None else ids[found]
         for line, count, row, values in zip(members, counts, tokens.tolist(), sure.tolist(), strict=True):
@@ -216,7 +215,8 @@ def _processed(logits: torch.Tensor, paths: Sequence[Path], ids: torch.Tensor | 
     if ids is None or all(path.is_plain for path in paths):
         return process(logits, paths)
     vocab = 1 + max(
-        int(ids.max()), *(max((*path.prompt, *path.output, *path.params.logit_bias), default=0) for path in paths)
+        int(ids.max()),
+        *(max((*path.prompt, *path.output, *path.params.logit_bias, *path.forbidden), default=0) for path in paths),
     )
     whole = logits.new_full((len(logits), vocab), float("-inf"))
     whole[:, ids] = logits

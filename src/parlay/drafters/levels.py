@@ -15,15 +15,16 @@ from parlay.engine.batch import Draft, ForwardBatch, PackedRow, join, pack_row
 from parlay.engine.model import TargetModel
 from parlay.types import Bet, Offer, Row, RowResult, Tree
 
-CATCH_UP = 512  # known tokens that are read in one step
+MOST, LEAST = 512, 32  # missed tokens that are read in one step, whatever the step's budget has left
 
 
 class LevelDrafter(Drafter):
     """Draws trees level by level.
 
     A row's first pass reads the known tokens that the drafter has not seen; its output guesses the first level. Every
-    further pass runs the nodes that get children. After a spell of being off a row may have much to read: then it is
-    read in parts, and the row gets no guesses until that is done.
+    further pass runs the nodes that get children. After a spell of being off a row may have much to read, that is more
+    than a step of its own guesses leaves: then it is read in parts, within what the step's known tokens left of the
+    token budget, and the row gets no guesses until that is done.
 
     Args:
         tree: The largest tree.
@@ -40,7 +41,7 @@ class LevelDrafter(Drafter):
 
     def attach(self, target: TargetModel) -> None:
         """See `Drafter`."""
-        self.page_size = target.kv.page_size
+        self.page_size, self.eos = target.kv.page_size, target.eos
         self.coverage = Coverage(self.page_size)
 
     @abstractmethod
@@ -78,9 +79,9 @@ class LevelDrafter(Drafter):
         return offers
 
     @torch.inference_mode()
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         """See `Drafter`."""
-        growths, logits = self._read(rows, bets)
+        growths, logits = self._read(rows, bets, budget)
         growing = list(growths.values())
         while growing:
             lines = [(growth, node) for growth in growing for node in growth.frontier]
@@ -97,22 +98,24 @@ class LevelDrafter(Drafter):
         found = {seq: growth.draft(self.name, self.ids) for seq, growth in growths.items()}
         return [found.get(row.seq) for row in rows]
 
-    def _read(self, rows: Sequence[Row], bets: Sequence[Bet]) -> tuple[dict[int, Growth], torch.Tensor]:
+    def _read(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> tuple[dict[int, Growth], torch.Tensor]:
         """Reads known tokens, where there are few first.
 
         Returns:
             By number the rows that are through, and the logits [N, V] behind their last known tokens, in their order.
         """
-        budget = CATCH_UP
+        budget = min(MOST, max(LEAST, budget))
         packed: dict[int, tuple[Row, PackedRow]] = {}
         reach = {row.seq: self.reach(row) for row in rows}
         willing = [row for row in rows if reach[row.seq] > 0]
         for row in sorted(willing, key=lambda row: row.length - self.read_from(row)):
             first = self.read_from(row)
-            end = min(row.length, first + budget)
+            end = row.length
+            if end - first > self.tree.depth + 1:
+                end = min(end, first + budget)
+                budget -= end - first
             if end > first:
                 packed[row.seq] = row, pack_row(row.tokens[first:end], end, row.pages, self.page_size)
-                budget -= end - first
         if not packed:
             return {}, torch.zeros(0)
         reading = [packed[row.seq] for row in rows if row.seq in packed]
@@ -123,7 +126,7 @@ class LevelDrafter(Drafter):
             self.note_read(row, line.end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
         growths = {
-            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])))
+            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])), self.eos)
             for row, bet in zip(rows, bets, strict=True)
             if row.seq in done
         }

@@ -99,14 +99,6 @@ class _Walk:
                 return True
         return False
 
-    def path(self, eos: tuple[int, ...]) -> Path:
-        """What the processing of the current node's logits may depend on."""
-        row, params = self.row, self.row.request.params
-        prompt = len(row.request.prompt)
-        output = [*row.tokens[prompt:], *self.emitted]
-        ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos)) if len(output) < params.min_tokens else ()
-        return Path(params, row.tokens[:prompt], output, ends)
-
     def key(self) -> tuple[int, int, int]:
         params = self.row.request.params
         position = len(self.row.tokens) - len(self.row.request.prompt) + len(self.emitted)
@@ -161,7 +153,9 @@ class Acceptor:
         while walks:
             current = _lines(logits, [walk.read for walk in walks])
             current = current.to(torch.promote_types(current.dtype, torch.float32))
-            tokens = self._choose(walks, process(current, [walk.path(self.eos) for walk in walks]))
+            tokens = self._choose(
+                walks, process(current, [Path.behind(walk.row, walk.emitted, self.eos) for walk in walks])
+            )
             walks = [walk for walk, token in zip(walks, tokens, strict=True) if walk.take(token)]
 
     def _choose(self, walks: Sequence[_Walk], logits: torch.Tensor) -> list[int]:

@@ -123,9 +123,15 @@ def fetch_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # errors of the hub, of HTTP clients and of sockets have no base of their own
         raise CheckpointError(f"{source} cannot be fetched: {textwrap.shorten(str(error), 200)}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{source} has no .safetensors weights on Hugging Face, and pickled ones (.bin, .pt) are never fetched, "
+            "since they can run code when opened: convert them where you trust them, and name the folder"
+        )
+    return folder
 
 
 def load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
@@ -34,13 +35,14 @@ class Engine:
 
     Args:
         config: What to serve, and how.
+        drafters: Makes the drafters for the target; None makes those that the configured bet needs.
 
     Raises:
         CheckpointError: when the model cannot be had.
         UnsupportedModel: when it could not be served exactly.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, drafters: Callable[[LoadedModel], Drafters] | None = None) -> None:
         self.config = config
         strict = config.parity == "strict"
         loaded = load_model(resolve(config.model), config)
@@ -48,7 +50,7 @@ class Engine:
         self.eos = loaded.eos
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
-        self.drafters = _drafters(config, loaded)
+        self.drafters = drafters(loaded) if drafters else _drafters(config, loaded)
         blocks = Blocks(_num_pages(config, loaded, longest, self.drafters.bytes_per_position), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
         self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
@@ -137,7 +139,7 @@ class Engine:
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
-        drafts = self.drafters.draft(rows, plan)
+        drafts = self.drafters.draft(rows, plan, self.scheduler.budget)
         lap("draft")
         scores = self.model.verify(rows, drafts, self.drafters.taps)
         lap("verify")

@@ -48,6 +48,11 @@ class PagedKV:
         self.slots.append(pool.flatten(0, 1))
         return pool.view(-1, width)
 
+    def drop(self, beside: torch.Tensor) -> None:
+        """Keeps what `keep_beside` gave no longer."""
+        left = [i for i, pool in enumerate(self.pools) if pool.data_ptr() != beside.data_ptr()]
+        self.pools, self.slots = [self.pools[i] for i in left], [self.slots[i] for i in left]
+
     @staticmethod
     def bytes_per_position(layers: Sequence[KVShape], dtype: torch.dtype) -> int:
         return sum(shape.heads * (shape.key_size + shape.value_size) for shape in layers) * dtype.itemsize

@@ -64,6 +64,14 @@ class LoadedModel:
     dtype: torch.dtype
 
     @property
+    def eos(self) -> tuple[int, ...]:
+        """Every id that ends an output: the generation configuration's, and the tokenizer's if the model knows it."""
+        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = listed if isinstance(listed, list) else [listed]
+        known = range(self.config.vocab_size)
+        return tuple(sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None and i in known}))
+
+    @property
     def context(self) -> int:
         """The model's own context limit.
 
@@ -202,7 +210,7 @@ class TargetModel:
 
     def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        self.vocab_size = int(loaded.config.vocab_size)
+        self.vocab_size, self.eos = int(loaded.config.vocab_size), loaded.eos
         pack_products(loaded.model)
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
         self.attention = PathAttention if self.by_paths else GatheredAttention

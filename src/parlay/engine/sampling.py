@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch.nn.functional import pad
 
 from parlay.engine import native
-from parlay.types import SamplingParams
+from parlay.types import Row, SamplingParams
 
 NEVER = float("-inf")
 BLOCK = 256  # tokens among which the last choice falls
@@ -23,7 +23,7 @@ BLOCK = 256  # tokens among which the last choice falls
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """The tokens behind one distribution: a prompt, what was emitted, and the guesses accepted so far.
+    """The tokens behind one distribution: a prompt, what was emitted, and guesses.
 
     `forbidden` are ids that may not come next (ends of sequence before `min_tokens`).
     """
@@ -32,6 +32,24 @@ class Path:
     prompt: Sequence[int]
     output: Sequence[int]
     forbidden: tuple[int, ...] = ()
+
+    @classmethod
+    def behind(cls, row: Row, guesses: Sequence[int], eos: Sequence[int]) -> Self:
+        """The path that ends in these guesses behind a row's known tokens, for target and drafters alike.
+
+        Args:
+            row: The row.
+            guesses: In their order.
+            eos: End-of-sequence ids of the model.
+        """
+        params, prompt = row.request.params, len(row.request.prompt)
+        ends: tuple[int, ...] = ()
+        if row.length - prompt + len(guesses) < params.min_tokens:
+            ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
+        path = cls(params, (), (), ends)
+        if not path.is_penalised:  # nothing else looks at the tokens
+            return path
+        return cls(params, row.tokens[:prompt], [*row.tokens[prompt : row.length], *guesses], ends)
 
     @property
     def is_plain(self) -> bool:

@@ -89,15 +89,15 @@ class Dataset:
         """Records until there is enough, the disk budget is used up or time is over; at least one file.
 
         Args:
-            engine: Idle, without speculation; runs the target.
+            engine: Idle, of `recording_engine` with the recipe's taps; runs the target.
             questions: Users' turns to draw from; none to have the target make them up.
             tokens: How many to have.
             disk: Bytes to stay below.
             deadline: On the clock of `time.monotonic`.
             advance: Called with the number of tokens that came to be there.
         """
-        recorder = Recorder(engine, self.recipe.taps)
-        engine.drafters = Drafters([recorder])
+        recorder = engine.drafters.by_name[Recorder.name]
+        assert isinstance(recorder, Recorder)
         if not self.held_out.exists():
             held_out = Conversations(engine, questions, f"{self.recipe.seed} held out", HELD_OUT)
             save(self.held_out, _recorded(recorder, held_out, HELD_OUT))

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from parlay.drafters.base import Drafter
+from parlay.config import EngineConfig
+from parlay.drafters.base import Drafter, Drafters
 from parlay.engine.batch import Draft, kept_places
 from parlay.engine.engine import Engine
+from parlay.engine.model import LoadedModel, TargetModel
 from parlay.train.conversations import ANSWER
 from parlay.types import Bet, Offer, Row, RowResult
 
@@ -44,24 +46,32 @@ class Recorder(Drafter):
     """Stands among the drafters and guesses nothing: it writes down what passes by.
 
     Hidden states are kept by slot beside the KV, so that those of a reused prefix are there without being computed.
+
+    Args:
+        target: Whose states are kept.
+        taps: Layers after which.
     """
 
     name = "recorder"
 
-    def __init__(self, engine: Engine, taps: Sequence[int]) -> None:
-        self._model = engine.model
-        self._layers = (*taps, self._model.segments.num_layers)
+    def __init__(self, target: LoadedModel, taps: Sequence[int]) -> None:
+        self._layers = (*taps, len(target.layers))
         self.taps = tuple(sorted(set(self._layers)))
-        width = self._model.segments.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator,union-attr]
-        self._kept = self._model.kv.keep_beside(len(self._layers) * width).unflatten(1, (len(self._layers), width))
+        self._width = int(target.model.get_input_embeddings().weight.shape[1])
+        self.bytes_per_position = len(self._layers) * self._width * target.dtype.itemsize
         self._rows: dict[int, Row] = {}
         self.found: list[Recorded] = []  # the answers that have ended
+
+    def attach(self, target: TargetModel) -> None:
+        """See `Drafter`."""
+        self._model = target
+        self._kept = target.kv.keep_beside(len(self._layers) * self._width).unflatten(1, (-1, self._width))
 
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
         """Nothing."""
         return [None] * len(rows)
 
-    def draft(self, rows: Sequence[Row], bets: Sequence[Bet]) -> list[Draft | None]:
+    def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         """Nothing."""
         return [None] * len(rows)
 
@@ -94,6 +104,11 @@ class Recorder(Drafter):
             ids.append(best.indices.to("cpu", torch.int32))
             logprobs.append(best.values.to("cpu", torch.float16))
         return torch.cat(ids), torch.cat(logprobs)
+
+
+def recording_engine(config: EngineConfig, taps: Sequence[int]) -> Engine:
+    """An engine whose only drafter is a recorder, so that the memory for its states is counted with the KV pool's."""
+    return Engine(config, lambda target: Drafters([Recorder(target, taps)]))
 
 
 FIELDS = ("tokens", "hidden", "ids", "logprobs")

@@ -19,14 +19,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
-from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
 from parlay.train import draft_model, eagle, early_exit
 from parlay.train.dataset import Dataset, Recipe, count_tokens
 from parlay.train.loop import DEPTH, Evaluation, Objective, Schedule, Training, read_about
 from parlay.train.on_policy import OnPolicy
 from parlay.train.order import Kind, Order
-from parlay.train.recording import Recorded
+from parlay.train.recording import Recorded, recording_engine
 
 WORK = "training"  # the folder in which unfinished work is kept
 RECORDING = 64  # conversations that run at a time
@@ -149,7 +148,7 @@ def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], No
         seed=order.seed + len(data.files),
         compile=order.compile,
     )
-    engine = Engine(config)
+    engine = recording_engine(config, data.recipe.taps)
     deadline = began + 60 * order.minutes * DATA_SHARE
     data.fill(engine, order.prompts, order.tokens, order.disk, deadline, advance)
     del engine
