@@ -64,14 +64,6 @@ class LoadedModel:
     dtype: torch.dtype
 
     @property
-    def eos(self) -> tuple[int, ...]:
-        """Every id that ends an output: the generation configuration's, and the tokenizer's if the model knows it."""
-        listed = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = listed if isinstance(listed, list) else [listed]
-        known = range(self.config.vocab_size)
-        return tuple(sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None and i in known}))
-
-    @property
     def context(self) -> int:
         """The model's own context limit.
 
