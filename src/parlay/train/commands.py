@@ -18,7 +18,7 @@ def train(
         str,
         typer.Option("--model", "-m", help="Whom to guess for: a built-in name, a Hugging Face id, a local folder."),
     ] = DEFAULT_MODEL,
-    kind: Annotated[Literal["eagle"], typer.Option(help="The kind of drafter.")] = "eagle",
+    kind: Annotated[Literal["eagle", "medusa"], typer.Option(help="The kind of drafter.")] = "eagle",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -53,6 +53,9 @@ def train(
         typer.Option(
             help="How far a head goes on from its own output while it learns.", min=1, max=8, rich_help_panel="Training"
         ),
+    ] = 4,
+    heads: Annotated[
+        int, typer.Option(help="Medusa heads, each for one more guess.", min=1, max=16, rich_help_panel="Size")
     ] = 4,
     divergence: Annotated[
         Literal["forward_kl", "reverse_kl", "tvd"],
@@ -96,6 +99,7 @@ def train(
             batch=batch,
             rate=rate,
             turns=turns,
+            heads=heads,
             divergence=divergence,
             vocab=vocab,
             intermediate=intermediate,

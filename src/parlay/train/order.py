@@ -9,7 +9,7 @@ from typing import Literal
 from parlay.config import Compile
 from parlay.train.losses import Divergence
 
-Kind = Literal["eagle"]
+Kind = Literal["eagle", "medusa"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Order:
         batch: Tokens in a step.
         rate: Highest learning rate.
         turns: How far an `eagle` head goes on from its own output while it learns.
+        heads: Of a `medusa` drafter, each for one more guess.
         vocab: Tokens that the drafter can guess.
         intermediate: Width of an `eagle` head's MLP; None takes the target's.
         taps: Layers that a head reads; none for a low, a middle and a high one.
@@ -50,6 +51,7 @@ class Order:
     batch: int = 1024
     rate: float = 2e-3
     turns: int = 4
+    heads: int = 4
     vocab: int = 8192
     intermediate: int | None = None
     taps: tuple[int, ...] = ()

@@ -21,7 +21,7 @@ from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.train import eagle
+from parlay.train import eagle, medusa
 from parlay.train.dataset import Dataset, Recipe, count_tokens
 from parlay.train.loop import DEPTH, Evaluation, Objective, Schedule, Training, read_about
 from parlay.train.order import Kind, Order
@@ -45,7 +45,10 @@ class Maker:
     begin: Callable[[Order, LoadedModel, Iterable[Recorded]], Objective]
 
 
-MAKERS: dict[Kind, Maker] = {"eagle": Maker(eagle.taps, eagle.begin)}
+MAKERS: dict[Kind, Maker] = {
+    "eagle": Maker(eagle.taps, eagle.begin),
+    "medusa": Maker(medusa.taps, medusa.begin),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,8 @@ def train(order: Order) -> Card:
     target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
     taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
-    if not all(0 <= tap <= len(target.shapes) for tap in taps):
-        raise ValueError(f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, taps))}")
+    if not all(0 <= tap <= len(target.shapes) for tap in order.taps):
+        raise ValueError(f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, order.taps))}")
     data = Dataset(order.data, Recipe(order.model, taps, order.seed, prints))
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
