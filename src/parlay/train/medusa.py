@@ -103,8 +103,8 @@ def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> Medus
 def new_heads(output: torch.Tensor, texts: Iterable[Recorded], count: int, vocab: int) -> MedusaHeads:
     """Heads that begin by guessing the next token once more, with the most frequent tokens.
 
-    They share one vocabulary's matrix, which is most of what heads weigh: a pass of four reads it once, and on a small
-    model four of them would take as long to read as the model does.
+    They share one vocabulary's matrix, which is most of what heads weigh and what a small batch waits for: with four
+    heads of 8192 tokens for hidden states of 576 numbers there are 6 million weights to read, instead of 20.
 
     Args:
         output: [tokens, hidden] the target's own head.
