@@ -62,6 +62,7 @@ drafters = Registry(
     {
         "draft_model": "parlay.drafters.draft_model:DraftModel",
         "eagle": "parlay.drafters.eagle:Eagle",
+        "medusa": "parlay.drafters.medusa:Medusa",
         "prompt_lookup": "parlay.drafters.prompt_lookup:PromptLookup",
         "self": "parlay.drafters.early_exit:EarlyExit",
         "suffix": "parlay.drafters.suffix:Suffix",

@@ -41,7 +41,7 @@ def outputs(engine: Engine, **params: Any) -> Mapping[str, Sequence[int]]:
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 3}], ids=["greedy", "coupled"])
-@pytest.mark.parametrize("method", ["eagle", "draft_model", "self", "trained self"])
+@pytest.mark.parametrize("method", ["eagle", "medusa", "draft_model", "self", "trained self"])
 @pytest.mark.parametrize("verb", ["offer", "draft", "forward", "commit", "forget", "garbage", "too much"])
 def test_nothing_is_lost(
     folder: Path, method: str, verb: str, params: dict[str, Any], caplog: pytest.LogCaptureFixture

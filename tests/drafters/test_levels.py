@@ -88,15 +88,14 @@ class Switching(RandomPolicy):
         return plan if self._rng.random() < 0.5 else StepPlan((None,) * len(rows))
 
 
-@pytest.mark.parametrize("method", ["eagle", "draft_model", "self", "trained self"])
+@pytest.mark.parametrize("method", ["eagle", "medusa", "draft_model", "self", "trained self"])
 @pytest.mark.parametrize("seed", range(4))
 def test_guesses_do_not_depend_on_what_happened_to_the_pages(folder: Path, method: str, seed: int) -> None:
     """Under preemption, prefix hits, forks and spells of being off, a draft is the one that a fresh engine makes."""
     rng = random.Random(seed)
     page_size = rng.choice([1, 3, 4])
-    position = (
-        2 * 2 * 2 * 8 * 8 + (2 * 2 * 8 + 32) * 8 * (method == "eagle") + 2 * 2 * 2 * 8 * 8 * (method == "draft_model")
-    )
+    own = {"eagle": (2 * 2 * 8 + 32) * 8, "medusa": 32 * 8, "draft_model": 2 * 2 * 2 * 8 * 8, "self": 0}
+    position = 2 * 2 * 2 * 8 * 8 + own[method_of(method)]
     engine = engine_with(
         folder, method, page_size=page_size, max_num_seqs=4, max_num_batched_tokens=24,
         kv_cache_memory=position * page_size * (2 + 70 // page_size),

@@ -196,6 +196,15 @@ def test_optimal_is_exact_for_independent_children(name: str, support: int | Non
     assert error < 1e-12
 
 
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("support", [None, 1, 2], ids=["full", "one", "two"])
+def test_optimal_is_exact_where_a_level_has_one_distribution(name: str, support: int | None) -> None:
+    """As Medusa's heads have it: a node's children do not depend on the node."""
+    target, level = random_law(1, 4), random_law(2, 3, support)
+    drafts = sampled_drafts(TREES[name], lambda path: level((0,) * len(path)), ids=(0, 1, 3))
+    assert largest_error(drafts, target, 4, SamplingParams()) < 1e-12
+
+
 @pytest.mark.parametrize("vocab", [4, 5])
 @pytest.mark.parametrize("children", [1, 2, 3])
 def test_optimal_is_exact_on_larger_vocabularies(vocab: int, children: int) -> None:

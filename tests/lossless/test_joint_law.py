@@ -20,10 +20,11 @@ from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.eagle_files import save_head
 from parlay.drafters.exit_part import save_exit
+from parlay.drafters.medusa_files import save_heads
 from parlay.engine.engine import Engine
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.architectures import plain_model
-from tests.drafting import method_of, tiny_exit, tiny_head
+from tests.drafting import method_of, tiny_exit, tiny_head, tiny_medusa
 from tests.gamblers import RandomPolicy, RandomSampler
 
 VOCAB, LENGTH, SAMPLES = 4, 4, 6000
@@ -45,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place)
     save_exit(tiny_exit(hidden=16), path / "exit", "four words", int8=False)
     save_head(tiny_head(vocab=3, hidden=16, target_vocab=VOCAB), path / "head", int8=False)
+    save_heads(tiny_medusa(vocab=3, hidden=16, target_vocab=VOCAB), path / "heads", int8=False)
     return path
 
 
@@ -60,8 +62,13 @@ def exact_law(folder: Path, top_k: int = 0) -> dict[tuple[int, ...], float]:
 
 def make_engine(folder: Path, method: str, **options: Any) -> Engine:
     """An engine with one drafter, which bets on trees of all shapes."""
-    source = {"draft_model": str(folder / "draft"), "eagle": str(folder / "head"), "self": "1"}
-    source["trained self"] = str(folder / "exit")
+    source = {
+        "draft_model": str(folder / "draft"),
+        "eagle": str(folder / "head"),
+        "medusa": str(folder / "heads"),
+        "self": "1",
+        "trained self": str(folder / "exit"),
+    }
     given, method = source.get(method), method_of(method)
     bet = Bet(method, Tree.chain(6)) if given else None
     engine = Engine(
@@ -86,14 +93,14 @@ def test_sequences_occur_as_often_as_the_model_says(
 
 
 @pytest.mark.parametrize("sampling", ["sequoia", "specinfer", "topk"])
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "self", "trained self"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "medusa", "self", "trained self"])
 def test_drafters_that_sample_change_nothing(folder: Path, method: str, sampling: str) -> None:
     """The distributions that they hand to verification are those that they drew from; a head cannot say everything."""
     engine = make_engine(folder, method, dtype="float64", tree_sampling=sampling)
     check_law(folder, engine, "optimal", method, samples=2000)
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "medusa"])
 def test_fewer_possible_tokens_than_siblings_change_nothing(folder: Path, method: str) -> None:
     """Where a filter leaves less than there are siblings, the others are uniform over what the drafter can say."""
     check_law(folder, make_engine(folder, method, dtype="float64"), "optimal", method, samples=3000, top_k=2)

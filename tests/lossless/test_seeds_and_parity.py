@@ -68,6 +68,7 @@ def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
 
 DRAFTERS: dict[str, Callable[[], Drafter | str]] = {
     "eagle": lambda: "eagle",
+    "medusa": lambda: "medusa",
     "draft model": lambda: "draft_model",
     "early exit": lambda: "self",
     "trained early exit": lambda: "trained self",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from parlay.cli import app
@@ -18,16 +20,36 @@ from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.train import dataset, loop, run
 from parlay.train.conversations import Conversations
-from parlay.train.order import Order
+from parlay.train.order import Kind, Order
 from parlay.train.recording import recording_engine
 from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
-from tests.tiny import make_tiny_llama
+from tests.tiny import VOCAB_SIZE, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that counts: behind every token it says the one with the next number.
+
+    Medusa heads can learn nothing of a random model, whose tokens do not foretell those two places later.
+    """
+    folder = make_tiny_llama(tmp_path_factory.mktemp("counting"))
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    turned = 2 * math.pi * torch.arange(VOCAB_SIZE)[:, None] * torch.arange(1, 17) / VOCAB_SIZE
+    places = torch.cat([turned.cos(), turned.sin()], dim=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(places)
+        model.lm_head.weight.copy_(10 * places.roll(1, 0))
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +65,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-def order(folder: Path, out: Path, data: Path, **options: Any) -> Order:
+@pytest.fixture(scope="module")
+def read_by_the_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data with other states than the other kinds of drafters read."""
+    return tmp_path_factory.mktemp("read-by-the-head")
+
+
+def order(folder: Path, out: Path, data: Path, kind: Kind = "eagle", **options: Any) -> Order:
     settings: dict[str, Any] = {
         "tokens": 1500,
         "epochs": 3,
@@ -53,27 +81,32 @@ def order(folder: Path, out: Path, data: Path, **options: Any) -> Order:
         "intermediate": 48,
         "compile": "cached",
     }
-    return Order("eagle", str(folder), out, data, **settings | options)
+    return Order(kind, str(folder), out, data, **settings | options)
 
 
-def test_a_head_learns_and_serves(folder: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_a_head_learns_and_serves(
+    folder: Path, data: Path, counting: Path, read_by_the_head: Path, tmp_path: Path, kind: Kind
+) -> None:
     """It accepts more than before, in the engine too, where the output stays the target's own."""
-    card = train(order(folder, tmp_path, data, epochs=12))
+    folder, texts = {"eagle": (folder, data), "medusa": (counting, read_by_the_head)}[kind]
+    card = train(order(folder, tmp_path, texts, kind, epochs=12))
     first, last = card.evaluations[0], card.evaluations[-1]
     assert last.tokens_per_step > first.tokens_per_step + 0.04
+    assert card.kind == kind
     assert card.tokens >= 1500
     assert (tmp_path / "README.md").read_text() == card.markdown
     assert json.loads((tmp_path / "card.json").read_text())["evaluations"][-1]["step"] == last.step
     outputs = {}
-    for speculation in (None, Bet("eagle", Tree.chain(3))):
-        drafters = {"eagle": str(tmp_path)} if speculation else {}
+    for speculation in (None, Bet(kind, Tree.chain(3))):
+        drafters: dict[str, str] = {kind: str(tmp_path)} if speculation else {}
         engine = Engine(EngineConfig(str(folder), dtype="float32", speculation=speculation, drafters=drafters))
         params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
         engine.add(Request("r", tuple(engine.tokenizer.encode("the answer")), params))
         outputs[speculation] = [delta for _ in range(100) for delta in engine.step()]
     plain, guessed = (tuple(t for d in deltas for t in d.tokens) for deltas in outputs.values())
     assert plain == guessed
-    assert sum(delta.stats.accepted for delta in outputs[Bet("eagle", Tree.chain(3))]) > 0
+    assert sum(delta.stats.accepted for delta in outputs[Bet(kind, Tree.chain(3))]) > 0
 
 
 def test_a_question_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,3 +212,16 @@ def test_the_command(folder: Path, data: Path, tmp_path: Path, monkeypatch: pyte
     done = CliRunner().invoke(app, [*arguments, "--epochs", "1", "--vocab", "100", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["kind"] == "eagle"
+
+
+def test_the_command_for_medusa_heads(
+    counting: Path, read_by_the_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.Order, "__init__", functools.partialmethod(run.Order.__init__, compile="cached"))
+    arguments = ["train", str(tmp_path), "--model", str(counting), "--data", str(read_by_the_head), "--tokens", "1500"]
+    done = CliRunner().invoke(app, [*arguments, "--epochs", "1", "--kind", "medusa", "--heads", "2", "--float16"])
+    assert done.exit_code == 0
+    assert "Kind: `medusa`" in done.stdout
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert (about["medusa_num_heads"], about["base_model_name_or_path"]) == (2, str(counting))
+    assert load_file(tmp_path / "model.safetensors")["1.0.linear.weight"].dtype == torch.float16

@@ -27,7 +27,8 @@ class Drafter(ABC):
 
     Attributes:
         name: The method's name in plans, requests and metrics; the name it is registered under.
-        taps: Layers after which it needs the target's hidden states; `commit` then brings them. Empty if none.
+        taps: Layers after which it needs the target's hidden states; `commit` then brings them. Empty if none. One
+            more than there are layers is what the target's head reads, after the final norm.
         deterministic: Whether guesses follow from what was seen before, whatever the request's mode. Only then may
             `offer` show them. Others' drafts carry probabilities where their guesses were sampled.
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.

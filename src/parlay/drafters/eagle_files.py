@@ -7,20 +7,16 @@ name the layer whose output is taken; those at the top level (as vLLM counts) sa
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from parlay.drafters.eagle_head import EagleHead, HeadShape
+from parlay.drafters.weights import CONFIG, load_weights, read_config, read_tensors, write_tensors
 from parlay.engine.checkpoint import CheckpointError, fetch_folder
 from parlay.engine.model import LoadedModel
-
-CONFIG, WEIGHTS, SCALE = "config.json", "model.safetensors", "_scale"
 
 
 def load_head(source: str, target: LoadedModel) -> EagleHead:
@@ -36,7 +32,7 @@ def load_head(source: str, target: LoadedModel) -> EagleHead:
     """
     folder = fetch_folder(source)
     tensors = read_tensors(folder)
-    shape = _shape(_read_json(folder / CONFIG), tensors, target, source)
+    shape = _shape(read_config(folder), tensors, target, source)
     ids = _ids(tensors, shape.vocab)
     if int(ids.min()) < 0 or int(ids.max()) >= target.config.vocab_size:
         raise ValueError(f"drafter {source}: guesses tokens that the model does not have; take a head of this model")
@@ -71,62 +67,6 @@ def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
     tensors["d2t"] = head.ids.cpu() - torch.arange(shape.vocab)  # as published heads have it: what to add to an index
     write_tensors(folder, tensors, int8)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], int8: bool) -> None:
-    """Matrices in int8 with a scale per line, or in float16; what is no matrix of numbers stays as it is."""
-    written: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2 and int8:
-            scale = tensor.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            written[name] = (tensor / scale).round().to(torch.int8).contiguous()
-            written[name + SCALE] = scale.to(torch.float32)
-        else:
-            written[name] = (tensor.to(torch.float16) if tensor.is_floating_point() else tensor).contiguous()
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(written, partial)
-    partial.rename(folder / WEIGHTS)
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors, those in int8 unpacked to what bfloat16 can hold.
-
-    Raises:
-        CheckpointError: when there are none, or they cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        how = "holds only pickled weights, which can run code when opened: convert them to safetensors"
-        raise CheckpointError(f"{folder} {how if pickled else 'holds no .safetensors weights: check the path'}")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from error
-    for name in [name for name in tensors if name.endswith(SCALE)]:
-        scale, whole = tensors.pop(name), name.removesuffix(SCALE)
-        tensors[whole] = (tensors[whole].float() * scale).to(torch.bfloat16)
-    return tensors
-
-
-def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Fills a module, all of it and with nothing left over.
-
-    Raises:
-        CheckpointError: naming what is missing, unknown or of another size.
-    """
-    expected = module.state_dict()
-    for what, names in (
-        ("lacks", expected.keys() - weights.keys()),
-        ("has the unknown", weights.keys() - expected.keys()),
-        ("has other sizes in", {n for n in expected if n in weights and weights[n].shape != expected[n].shape}),
-    ):
-        if names:
-            some = textwrap.shorten(", ".join(sorted(names)), 120)
-            raise CheckpointError(f"{source} {what} {some}: it is no head of this kind, or not whole")
-    module.load_state_dict(dict(weights))
 
 
 def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: LoadedModel, source: str) -> HeadShape:
@@ -185,10 +125,3 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 def _ids(tensors: Mapping[str, torch.Tensor], vocab: int) -> torch.Tensor:
     offsets = tensors.get("d2t", torch.zeros(vocab, dtype=torch.long)).long()
     return torch.arange(len(offsets)) + offsets
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it should describe the head") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from parlay.drafters.eagle_files import CONFIG, load_weights, read_tensors, write_tensors
+from parlay.drafters.weights import CONFIG, load_weights, read_tensors, write_tensors
 from parlay.engine.checkpoint import CheckpointError
 from parlay.engine.model import LoadedModel
 

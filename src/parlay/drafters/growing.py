@@ -48,7 +48,7 @@ class Growth:
 
     row: Row
     bet: Bet
-    eos: Sequence[int] = ()
+    eos: Sequence[int]
     parents: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)

@@ -27,7 +27,7 @@ class SegmentOutput:
     """What a segment gave: the hidden state after it, tapped states by layer, logits of the positions read."""
 
     hidden: torch.Tensor  # [T, hidden]
-    taps: dict[int, torch.Tensor]  # after this many layers: [T, hidden]
+    taps: dict[int, torch.Tensor]  # after this many layers: [T, hidden]; see `SegmentedModel.__call__`
     logits: torch.Tensor  # [N, vocab]
 
 
@@ -136,7 +136,8 @@ class SegmentedModel:
             positions: [T].
             layers: The layers to run; None runs all.
             hidden: [T, hidden] state before the first of them; None starts from the embedding.
-            taps: Return the state after so many layers (0 is the embedding's).
+            taps: Return the state after so many layers (0 is the embedding's); one more than there are is what the
+                head reads, that is the last state after the final norm.
             reads: [N] positions in the packed step whose logits are wanted; None wants none.
             then: What the state after the layers goes through on its way to the norm; the output's is the one before.
         """
@@ -168,4 +169,6 @@ class SegmentedModel:
     def _keep_read(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         work = self._work
         assert work is not None
+        if self.num_layers + 1 in work.taps:
+            work.tapped[self.num_layers + 1] = args[0][0]
         return (args[0].index_select(1, work.reads), *args[1:])

@@ -19,7 +19,7 @@ def train(
         typer.Option("--model", "-m", help="Whom to guess for: a built-in name, a Hugging Face id, a local folder."),
     ] = DEFAULT_MODEL,
     kind: Annotated[
-        Literal["eagle", "self", "draft_model"], typer.Option(help="The kind of drafter: a method's name.")
+        Literal["eagle", "medusa", "self", "draft_model"], typer.Option(help="The kind of drafter: a method's name.")
     ] = "eagle",
     prompts: Annotated[
         Path | None,
@@ -55,6 +55,9 @@ def train(
         typer.Option(
             help="How far a head goes on from its own output while it learns.", min=1, max=8, rich_help_panel="Training"
         ),
+    ] = 4,
+    heads: Annotated[
+        int, typer.Option(help="Medusa heads, each for one more guess.", min=1, max=16, rich_help_panel="Size")
     ] = 4,
     divergence: Annotated[
         Literal["forward_kl", "reverse_kl", "tvd"],
@@ -119,6 +122,7 @@ def train(
             batch=batch,
             rate=rate,
             turns=turns,
+            heads=heads,
             divergence=divergence,
             on_policy=on_policy,
             exit=exit,

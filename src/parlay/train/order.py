@@ -9,7 +9,7 @@ from typing import Literal
 from parlay.config import Compile
 from parlay.train.losses import Divergence
 
-Kind = Literal["eagle", "self", "draft_model"]
+Kind = Literal["eagle", "medusa", "self", "draft_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Order:
         batch: Tokens in a step.
         rate: Highest learning rate.
         turns: How far an `eagle` head goes on from its own output while it learns.
-        vocab: Tokens that an `eagle` head can guess.
+        heads: Of a `medusa` drafter, each for one more guess.
+        vocab: Tokens that an `eagle` or `medusa` head can guess.
         intermediate: Width of an `eagle` head's or a `self` drafter's MLP; None takes the target's.
         taps: Layers that a head reads; none for a low, a middle and a high one.
         exit: Layers of the target that a `self` drafter runs; None takes a quarter.
@@ -53,6 +54,7 @@ class Order:
     batch: int = 1024
     rate: float = 2e-3
     turns: int = 4
+    heads: int = 4
     vocab: int = 8192
     intermediate: int | None = None
     taps: tuple[int, ...] = ()

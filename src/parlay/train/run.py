@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
 from parlay.engine.model import LoadedModel, load_model
-from parlay.train import draft_model, eagle, early_exit
+from parlay.train import draft_model, eagle, early_exit, medusa
 from parlay.train.dataset import Dataset, Recipe, count_tokens
 from parlay.train.loop import DEPTH, Evaluation, Objective, Schedule, Training, read_about
 from parlay.train.on_policy import OnPolicy
@@ -49,6 +49,7 @@ class Maker:
 
 MAKERS: dict[Kind, Maker] = {
     "eagle": Maker(eagle.taps, eagle.begin),
+    "medusa": Maker(medusa.taps, medusa.begin),
     "self": Maker(early_exit.taps, early_exit.begin),
     "draft_model": Maker(draft_model.taps, draft_model.begin, writes=True),
 }
@@ -109,8 +110,8 @@ def train(order: Order) -> Card:
     target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
     taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
-    if not all(0 <= tap <= len(target.shapes) for tap in taps):
-        raise ValueError(f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, taps))}")
+    if not all(0 <= tap <= len(target.shapes) for tap in order.taps):
+        raise ValueError(f"taps: must be layers from 0 to {len(target.shapes)}, not {', '.join(map(str, order.taps))}")
     data = Dataset(order.data, Recipe(order.model, taps, order.seed, prints))
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -1,0 +1,125 @@
+"""Training of Medusa heads on a target that stays as it is (Medusa-1, Cai et al. 2024, 2.2.1)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from parlay.drafters.medusa_files import save_heads
+from parlay.drafters.medusa_heads import MedusaHeads, MedusaShape
+from parlay.engine.model import LoadedModel
+from parlay.train.dataset import Batch
+from parlay.train.losses import Divergence, Targets, head_loss
+from parlay.train.order import Order
+from parlay.train.recording import Recorded
+
+DECAY = 0.8  # what a head counts, compared with the one before it
+KNOWN = 0.05  # of a target's distribution, at least, must be in the vocabulary
+
+
+class MedusaObjective:
+    """What Medusa heads learn, and how good they are.
+
+    Args:
+        heads: The weights.
+        size: Tokens of the target.
+        layers: Of the target.
+        divergence: From the target's distribution.
+        base: The target's name.
+    """
+
+    def __init__(self, heads: MedusaHeads, size: int, layers: int, divergence: Divergence, base: str) -> None:
+        self.module, self._base = heads, base
+        self.taps = (layers + 1,)
+        self._divergence: Divergence = divergence
+        self._place = torch.full((size,), -1)  # of each of the target's tokens in the heads' vocabulary
+        self._place[heads.ids] = torch.arange(len(heads.ids))
+
+    def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
+        """The loss to go down, and how often the first head's guess would be accepted at temperature 1.
+
+        Head k learns at t what the target said behind token t + k + 1, which is all about token t + k + 2.
+        """
+        del progress
+        places = self._place[batch.ids]
+        probs = batch.probs * (places >= 0)
+        places = places.clamp(min=0)
+        known = probs.sum(-1) > KNOWN
+        hidden = batch.hidden[:, :, 0]
+        total, first = hidden.new_zeros(()), 0.0
+        for head in range(self.module.shape.heads):
+            learn = known[:, head + 1 :]
+            weights = torch.full((int(learn.sum()),), DECAY**head / batch.count)
+            targets = Targets(places[:, head + 1 :][learn], probs[:, head + 1 :][learn], weights)
+            state = self.module.state(head, hidden[:, : learn.shape[1]][learn])
+            loss, agreement = head_loss(state, self.module.product(head).weight, targets, self._divergence)
+            total = total + loss
+            first = first if head else float(agreement.mean())
+        return total, first
+
+    @torch.no_grad()
+    def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
+        """How often chains of guesses are right, started at every place of greedy answers but a text's first.
+
+        Returns:
+            [depth] how many of the chains have their k-th guess accepted, and the number of chains.
+        """
+        following = batch.tokens[:, 1:]
+        answer = batch.answer[:, :-1] & (batch.probs[:, 1:, 0] > 0)
+        # A sampled answer would count guesses as wrong that were right.
+        greedy = ((batch.ids[:, :-1, 0] == following) | ~answer).all(1, keepdim=True)
+        # A chain must not begin where it would leave the text.
+        alive = answer & greedy & pad(answer, (0, depth))[:, depth:]
+        alive[:, 0] = False  # nothing was read before it
+        chains, found = int(alive.sum()), torch.zeros(depth)
+        before = pad(batch.hidden[:, :-2, 0], (0, 0, 1, 0))  # what was read before each place
+        for head in range(min(depth, self.module.shape.heads)):
+            guess = self.module.ids[self.module.product(head)(self.module.state(head, before)).argmax(-1)]
+            alive = alive & (guess == pad(following, (0, head))[:, head:])
+            found[head] = alive.sum()
+        return found, chains
+
+    def save(self, folder: Path, int8: bool) -> None:
+        """Writes the heads."""
+        save_heads(self.module, folder, int8, self._base)
+
+
+def taps(order: Order, layers: int) -> tuple[int, ...]:
+    """Behind so many layers: what the target's own head reads."""
+    del order
+    return (layers + 1,)
+
+
+def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> MedusaObjective:
+    """Heads to train, and how."""
+    heads = new_heads(target.model.get_output_embeddings().weight, texts, order.heads, order.vocab)
+    return MedusaObjective(heads, target.config.vocab_size, len(target.shapes), order.divergence, order.model)
+
+
+def new_heads(output: torch.Tensor, texts: Iterable[Recorded], count: int, vocab: int) -> MedusaHeads:
+    """Heads that begin by guessing the next token once more, with the most frequent tokens.
+
+    They share one vocabulary's matrix, which is most of what heads weigh and what a small batch waits for: with four
+    heads of 8192 tokens for hidden states of 576 numbers there are 6 million weights to read, instead of 20.
+
+    Args:
+        output: [tokens, hidden] the target's own head.
+        texts: Whose tokens are counted.
+        count: Heads.
+        vocab: Tokens that they can guess.
+    """
+    counts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(text.ids[:, 0].tolist())
+        counts.update(text.tokens.tolist())
+    ids = torch.tensor(sorted(token for token, _ in counts.most_common(vocab)))
+    heads = MedusaHeads(MedusaShape(output.shape[1], count, layers=1, vocab=len(ids), shared=True))
+    heads.ids = ids
+    assert heads.lm_head is not None
+    with torch.no_grad():
+        heads.lm_head.weight.copy_(output[ids])
+    return heads
