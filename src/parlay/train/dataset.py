@@ -161,6 +161,19 @@ class Batch:
 
 def batches(texts: Sequence[Recorded], size: int, chance: random.Random | None) -> Iterator[Batch]:
     """All texts in batches of about `size` tokens, alike in length; in random order where there is chance."""
+    groups = _groups(texts, size)
+    if chance:
+        chance.shuffle(groups)
+    yield from map(_batch, groups)
+
+
+def count_batches(texts: Sequence[Recorded], size: int) -> int:
+    """How many of them there are."""
+    return len(_groups(texts, size))
+
+
+def _groups(texts: Sequence[Recorded], size: int) -> list[list[tuple[Recorded, int]]]:
+    """Texts and where in them to begin, by batch."""
     parts = [(text, at) for text in texts for at in range(0, len(text), LONGEST) if len(text) - at > 1]
     parts.sort(key=lambda part: min(LONGEST, len(part[0]) - part[1]))
     groups: list[list[tuple[Recorded, int]]] = [[]]
@@ -168,9 +181,7 @@ def batches(texts: Sequence[Recorded], size: int, chance: random.Random | None) 
         if len(groups[-1]) * min(LONGEST, len(text) - at) >= size:
             groups.append([])
         groups[-1].append((text, at))
-    if chance:
-        chance.shuffle(groups)
-    yield from (_batch(group) for group in groups if group)
+    return [group for group in groups if group]
 
 
 def _batch(parts: Sequence[tuple[Recorded, int]]) -> Batch:

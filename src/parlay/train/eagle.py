@@ -10,6 +10,7 @@ import torch
 from parlay.drafters.eagle_files import save_head
 from parlay.drafters.eagle_head import EagleHead
 from parlay.engine.model import LoadedModel
+from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
 from parlay.train.eagle_start import new_head
 from parlay.train.losses import Divergence, Targets, head_loss
@@ -70,26 +71,9 @@ class EagleObjective:
 
     @torch.no_grad()
     def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
-        """How often chains of guesses are right, started at every place of greedy answers.
-
-        Returns:
-            [depth] how many of the chains have their k-th guess accepted, and the number of chains.
-        """
-        following = batch.tokens[:, 1:]
-        answer = batch.answer[:, :-1] & (batch.probs[:, 1:, 0] > 0)
-        # A sampled answer would count guesses as wrong that were right.
-        greedy = ((batch.ids[:, :-1, 0] == following) | ~answer).all(1, keepdim=True)
-        # A chain must not begin where it would leave the text.
-        room = torch.nn.functional.pad(answer, (0, depth))[:, depth:]
-        alive = answer & greedy & room
-        chains, found = int(alive.sum()), []
-        for turn, out in enumerate(self._run(batch, depth)):
-            guess = self.module.ids[self.module.logits(out[:, :-1]).argmax(-1)]
-            if turn:
-                alive = torch.nn.functional.pad(alive, (1, 0))[:, :-1]
-            alive = alive & (guess == following)
-            found.append(alive.sum())
-        return torch.stack(found), chains
+        """See `Objective`."""
+        head = self.module
+        return accepted_chains([head.ids[head.logits(out).argmax(-1)] for out in self._run(batch, depth)], batch)
 
 
 def taps(order: Order, layers: int) -> tuple[int, ...]:

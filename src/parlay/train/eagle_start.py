@@ -7,7 +7,6 @@ before the first step: on 41,000 tokens of SmolLM2-135M its best guess was the t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 from parlay.drafters.eagle_head import EagleHead, HeadShape, TapNorm
-from parlay.train.recording import Recorded
+from parlay.train.recording import Recorded, frequent_tokens
 from parlay.train.unrolled import turns
 
 FITTED_TOKENS = 60_000  # that the regressions see
@@ -42,14 +41,15 @@ def new_head(
         vocab: Tokens that it can guess.
         intermediate: Width of its MLP; None takes the target's.
     """
-    counts: Counter[int] = Counter()
     fitted: list[Recorded] = []
-    for text in texts:
-        counts.update(text.ids[:, 0].tolist())
-        counts.update(text.tokens.tolist())
-        if sum(map(len, fitted)) < FITTED_TOKENS:
-            fitted.append(text)
-    ids = torch.tensor(sorted(token for token, _ in counts.most_common(vocab)))
+
+    def noted() -> Iterator[Recorded]:
+        for text in texts:
+            if sum(map(len, fitted)) < FITTED_TOKENS:
+                fitted.append(text)
+            yield text
+
+    ids = frequent_tokens(noted(), vocab)
     head = EagleHead(_shape(model, taps, len(ids), intermediate))
     head.ids = ids
     with torch.no_grad():

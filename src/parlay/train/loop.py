@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from parlay.train.dataset import Batch, Dataset, batches
+from parlay.train.dataset import Batch, Dataset, batches, count_batches
 from parlay.train.recording import Recorded
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -138,7 +138,7 @@ class Training:
         """Trains from where the last checkpoint is to the end, and returns all evaluations."""
         self._resume()
         files = self._files
-        sizes = [sum(1 for _ in batches(self._read(file), self._schedule.batch, None)) for file in files]
+        sizes = [count_batches(self._read(file), self._schedule.batch) for file in files]
         steps = sum(sizes) * self._schedule.epochs
         done, number = self._state, 0
         loss_seen, first_seen = math.nan, math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from torch.nn.functional import pad
 from parlay.drafters.medusa_files import save_heads
 from parlay.drafters.medusa_heads import MedusaHeads, MedusaShape
 from parlay.engine.model import LoadedModel
+from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
 from parlay.train.losses import Divergence, Targets, head_loss
 from parlay.train.order import Order
-from parlay.train.recording import Recorded
+from parlay.train.recording import Recorded, frequent_tokens
 
 DECAY = 0.8  # what a head counts, compared with the one before it
 KNOWN = 0.05  # of a target's distribution, at least, must be in the vocabulary
@@ -63,25 +63,14 @@ class MedusaObjective:
 
     @torch.no_grad()
     def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
-        """How often chains of guesses are right, started at every place of greedy answers but a text's first.
-
-        Returns:
-            [depth] how many of the chains have their k-th guess accepted, and the number of chains.
-        """
-        following = batch.tokens[:, 1:]
-        answer = batch.answer[:, :-1] & (batch.probs[:, 1:, 0] > 0)
-        # A sampled answer would count guesses as wrong that were right.
-        greedy = ((batch.ids[:, :-1, 0] == following) | ~answer).all(1, keepdim=True)
-        # A chain must not begin where it would leave the text.
-        alive = answer & greedy & pad(answer, (0, depth))[:, depth:]
-        alive[:, 0] = False  # nothing was read before it
-        chains, found = int(alive.sum()), torch.zeros(depth)
-        before = pad(batch.hidden[:, :-2, 0], (0, 0, 1, 0))  # what was read before each place
+        """See `Objective`."""
+        before = pad(batch.hidden[:, :-1, 0], (0, 0, 1, 0))  # what was read before each place
+        guesses = []
         for head in range(min(depth, self.module.shape.heads)):
             guess = self.module.ids[self.module.product(head)(self.module.state(head, before)).argmax(-1)]
-            alive = alive & (guess == pad(following, (0, head))[:, head:])
-            found[head] = alive.sum()
-        return found, chains
+            guesses.append(pad(guess, (head, 0), value=-1)[:, : guess.shape[1]])  # made so many places before
+        none = torch.full_like(batch.tokens, -1)
+        return accepted_chains([*guesses, *(none for _ in range(depth - len(guesses)))], batch)
 
     def save(self, folder: Path, int8: bool) -> None:
         """Writes the heads."""
@@ -112,11 +101,7 @@ def new_heads(output: torch.Tensor, texts: Iterable[Recorded], count: int, vocab
         count: Heads.
         vocab: Tokens that they can guess.
     """
-    counts: Counter[int] = Counter()
-    for text in texts:
-        counts.update(text.ids[:, 0].tolist())
-        counts.update(text.tokens.tolist())
-    ids = torch.tensor(sorted(token for token, _ in counts.most_common(vocab)))
+    ids = frequent_tokens(texts, vocab)
     heads = MedusaHeads(MedusaShape(output.shape[1], count, layers=1, vocab=len(ids), shared=True))
     heads.ids = ids
     assert heads.lm_head is not None

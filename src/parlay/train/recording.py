@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,15 @@ class Recorder(Drafter):
 def recording_engine(config: EngineConfig, taps: Sequence[int]) -> Engine:
     """An engine whose only drafter is a recorder, so that the memory for its states is counted with the KV pool's."""
     return Engine(config, lambda target: Drafters([Recorder(target, taps)]))
+
+
+def frequent_tokens(texts: Iterable[Recorded], count: int) -> torch.Tensor:
+    """[V <= count] the tokens that occur most often, in texts or as what was likeliest to come next, in order."""
+    counts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(text.ids[:, 0].tolist())
+        counts.update(text.tokens.tolist())
+    return torch.tensor(sorted(token for token, _ in counts.most_common(count)))
 
 
 FIELDS = ("tokens", "hidden", "ids", "logprobs")
