@@ -14,6 +14,7 @@ import torch
 from parlay import registry
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
+from parlay.drafters.shipped import shipped
 from parlay.engine import self_check
 from parlay.engine.accept import Acceptor
 from parlay.engine.blocks import Blocks
@@ -244,7 +245,7 @@ def _drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
         ValueError: in a sentence with the remedy, for a drafter that is unknown or cannot guess for this target.
     """
     bet, sources = config.speculation, dict(config.drafters)
-    source = sources.pop(bet.method, None) if bet else None
+    source = (sources.pop(bet.method, None) or shipped(config.model, bet.method)) if bet else None
     if sources:
         name = next(iter(sources))
         raise ValueError(f"drafter {name}: nothing bets on it; name it in --speculation or leave it out")
