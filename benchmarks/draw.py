@@ -11,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from parlay.bench.demo import NAME
+
 OFF, BET = "#8a93a6", "#2563eb"
 
 
@@ -32,7 +34,7 @@ def _bars(axes: Axes, title: str, comparisons: list[dict[str, Any]]) -> None:
     """Two bars per comparison, and what betting gave above them."""
     places = range(len(comparisons))
     axes.bar([p - 0.2 for p in places], [c["off"] for c in comparisons], 0.38, color=OFF, label="plain decoding")
-    axes.bar([p + 0.2 for p in places], [c["auto"] for c in comparisons], 0.38, color=BET, label="prompt lookup")
+    axes.bar([p + 0.2 for p in places], [c["auto"] for c in comparisons], 0.38, color=BET, label=NAME)
     for place, c in zip(places, comparisons, strict=True):
         axes.annotate(f"{c['auto'] / c['off']:.2f}x", (place, max(c["off"], c["auto"])), (0, 3), ha="center",
                       textcoords="offset points")  # fmt: skip

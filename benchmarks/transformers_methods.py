@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.utils import logging
 from trial import Answer, Tokens
 
@@ -34,8 +34,8 @@ def load_methods(options: argparse.Namespace, off: Engine) -> tuple[list[Found],
         off: The engine without guesses.
     """
     model, _ = load(resolve(options.model), off.model.dtype, off.model.device, attn_implementation="sdpa")
-    model.generation_config.eos_token_id = list(off.eos)  # type: ignore[union-attr]
-    model.generation_config.pad_token_id = off.eos[0] if off.eos else 0  # type: ignore[union-attr]
+    # Nothing else of the model's own, such as penalties, which Parlay does not apply unasked.
+    model.generation_config = GenerationConfig(eos_token_id=list(off.eos), pad_token_id=off.eos[0] if off.eos else 0)
     logging.set_verbosity_error()  # it warns of its own calls
     settings: dict[str, dict[str, Any]] = {
         PLAIN: {},
@@ -48,7 +48,8 @@ def load_methods(options: argparse.Namespace, off: Engine) -> tuple[list[Found],
     else:
         left_out[f"{PLAIN} assistant"] = "no draft model was named; write --assistant FOLDER"
     count = int(model.config.num_hidden_layers)
-    layers = int(dict(map(parse_drafter, options.drafter)).get("self", max(1, count // 4)))
+    source = dict(map(parse_drafter, options.drafter)).get("self", "")
+    layers = int(source) if source.isdecimal() else max(1, count // 4)
     why = cannot_exit_early(model, layers)
     if why is None:
         settings[f"{PLAIN} exit:{layers}"] = {"assistant_early_exit": layers}

@@ -122,7 +122,7 @@ def engine_config(
     drafter: Annotated[
         list[str] | None,
         _speculation(
-            "Where a method's weights are, as eagle=FOLDER_OR_ID, draft_model=FOLDER_OR_ID or self=LAYERS_OR_FOLDER. "
+            "Where a method's weights are, as eagle=FOLDER_OR_ID (or medusa, draft_model) or self=LAYERS_OR_FOLDER. "
             "May be repeated.",
             metavar="METHOD=SOURCE",
         ),

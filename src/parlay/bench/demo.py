@@ -1,4 +1,4 @@
-"""`parlay demo`: a real server, real requests, and what betting on prompt lookup did to them."""
+"""`parlay demo`: a real server, real requests, and what betting on guesses did to them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from parlay.types import Speculation
 
 # Without prefix caching every request pays for its prompt, whichever of the two is sent first.
 # Compiling beside a measurement would spoil it.
+BET, NAME = "eagle:4", "EAGLE head"
 SERVER_OPTIONS = (
-    *("--speculation", "prompt_lookup:4", "--no-prefix-caching"),
+    *("--speculation", BET, "--no-prefix-caching"),
     *("--compile", "wait", "--log-level", "warning"),
 )
 ARMS: tuple[Speculation, Speculation] = ("off", "auto")
-NAMES: dict[Speculation, str] = {"off": "off", "auto": "prompt lookup"}
+NAMES: dict[Speculation, str] = {"off": "off", "auto": NAME}
 CLEARLY = 0.05  # a run this short cannot tell smaller differences
 
 
@@ -58,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Prompt lookup against off, at one level or in one category."""
+    """Guesses against off, at one level or in one category."""
 
     name: str
     off: float  # tokens per second
@@ -85,7 +86,7 @@ class DemoResult:
 
 
 def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int = 96) -> None:
-    """Starts a server, sends it the same requests with and without prompt lookup, and prints the comparison.
+    """Starts a server, sends it the same requests with and without guesses, and prints the comparison.
 
     Args:
         model: What to serve.
@@ -225,7 +226,7 @@ def _speed(levels: Sequence[Comparison]) -> str:
         verdict = f"it paid at {' and '.join(paid)} and cost speed nowhere"
     else:
         verdict = "no clear difference"
-    return f"Prompt lookup of 4 tokens gives these tokens/s against off: {ratios} requests at a time: {verdict}."
+    return f"The {NAME} ({BET}) gives these tokens/s against off: {ratios} requests at a time: {verdict}."
 
 
 def _equality(equal: int, compared: int) -> str:
@@ -251,8 +252,8 @@ def _tables(result: DemoResult) -> Iterator[Table]:
         )
         for cell in result.cells
     )
-    yield table(f"{result.model}: prompt lookup against off, measured by the client", columns, rows, texts=2)
-    columns = ("1 request at a time", "off tokens/s", "prompt lookup tokens/s", "ratio", "tokens per step")
+    yield table(f"{result.model}: {NAME} ({BET}) against off, measured by the client", columns, rows, texts=2)
+    columns = ("1 request at a time", "off tokens/s", f"{NAME} tokens/s", "ratio", "tokens per step")
     yield table(
         "by kind of task",
         columns,

@@ -49,7 +49,8 @@ class Medusa(Drafter):
         """See `Drafter`."""
         if source is None:
             raise ValueError(
-                "drafter medusa: name heads with --drafter medusa=FOLDER_OR_ID, or make some with parlay train"
+                "drafter medusa: name heads with --drafter medusa=FOLDER_OR_ID, or make some with parlay train --kind "
+                "medusa"
             )
         return cls(load_heads(source, target), tree, target)
 

@@ -33,11 +33,6 @@ def load_heads(source: str, target: LoadedModel) -> MedusaHeads:
         ValueError: when the heads were made for another model.
     """
     folder = fetch_folder(source)
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{source} holds no .safetensors weights; a medusa_lm_head.pt is not opened, since it could run code: "
-            "convert it to safetensors"
-        )
     tensors = read_tensors(folder)
     shape = _shape(read_config(folder), tensors, target, source)
     offsets = tensors.pop(OFFSETS, torch.zeros(shape.vocab, dtype=torch.long)).long()

@@ -10,7 +10,7 @@ from parlay.train.dataset import Batch
 
 
 def accepted_chains(guesses: Sequence[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, int]:
-    """How often chains of guesses are right, started at every place of greedy answers.
+    """How often chains of guesses are right, started at every place of greedy answers but the first of a text.
 
     Args:
         guesses: By level of the chain, [B, T] the guesses for what follows each place.
@@ -26,6 +26,7 @@ def accepted_chains(guesses: Sequence[torch.Tensor], batch: Batch) -> tuple[torc
     # A chain must not begin where it would leave the text.
     room = torch.nn.functional.pad(answer, (0, len(guesses)))[:, len(guesses) :]
     alive = answer & greedy & room
+    alive[:, 0] = False  # what came before it is not there
     chains, found = int(alive.sum()), []
     for level, guess in enumerate(guesses):
         if level:

@@ -32,7 +32,7 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of recorded conversations, which several orders may share; by default one in OUT.",
+            help="Folder of recorded conversations, for drafters that read the same layers or fewer; by default in OUT.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -100,7 +100,9 @@ def train(
             rich_help_panel="Size",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Decides everything that is random.", rich_help_panel="Training")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Decides what is random in training, and what is asked.", rich_help_panel="Training")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Train a drafter for a model, on text that the model writes itself."""

@@ -18,6 +18,7 @@ from parlay.train.recording import TOP, Recorded, Recorder, load, save
 
 ROUND = 128  # conversations per file
 HELD_OUT = 48  # conversations that are never trained on
+APART = 8  # of so many given questions one is only for those
 ABOUT = "about.json"
 LONGEST = 512  # tokens of a text that are trained on at a time
 
@@ -29,7 +30,7 @@ class Recipe:
     Attributes:
         model: The target, as the user wrote it.
         taps: Layers whose hidden states are kept.
-        seed: Decides everything that is random.
+        seed: Decides what is asked, and begins what is sampled.
         prompts: SHA-256 of the prompts that were given; empty where the target made them up.
     """
 
@@ -77,6 +78,10 @@ class Dataset:
         columns = [self.recipe.taps.index(tap) for tap in taps]
         return [replace(one, hidden=one.hidden[:, columns]) for one in load(path)]
 
+    def has(self, tokens: int) -> bool:
+        """Whether so many are recorded."""
+        return self.held_out.exists() and bool(self.files) and sum(map(count_tokens, self.files)) >= tokens
+
     def fill(
         self,
         engine: Engine,
@@ -90,7 +95,8 @@ class Dataset:
 
         Args:
             engine: Idle, of `recording_engine` with the recipe's taps; runs the target.
-            questions: Users' turns to draw from; none to have the target make them up.
+            questions: Users' turns to draw from, the first of every eight for what is held out; none to have the target
+                make them up.
             tokens: How many to have.
             disk: Bytes to stay below.
             deadline: On the clock of `time.monotonic`.
@@ -98,8 +104,10 @@ class Dataset:
         """
         recorder = engine.drafters.by_name[Recorder.name]
         assert isinstance(recorder, Recorder)
+        apart = questions[::APART]  # what drafters are judged by must not be among what they learn
+        questions = [question for number, question in enumerate(questions) if number % APART] or questions
         if not self.held_out.exists():
-            held_out = Conversations(engine, questions, f"{self.recipe.seed} held out", HELD_OUT)
+            held_out = Conversations(engine, apart, f"{self.recipe.seed} held out", HELD_OUT)
             save(self.held_out, _recorded(recorder, held_out, HELD_OUT))
         have, conversations = 0, None
         for number in range(1 << 20):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parlay.engine.checkpoint import quiet
 from parlay.engine.model import LoadedModel
@@ -25,14 +25,15 @@ class DraftModelObjective:
 
     Args:
         student: The draft model.
-        tokenizer: The target's, which it is saved with.
+        target: Whose tokenizer and way of generating it is saved with.
         divergence: From the target's distribution.
     """
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, student: Any, tokenizer: Any, divergence: Divergence) -> None:
-        self.module, self._tokenizer = student, tokenizer
+    def __init__(self, student: Any, target: LoadedModel, divergence: Divergence) -> None:
+        self.module, self._tokenizer = student, target.tokenizer
+        self._generation_config = target.model.generation_config
         self._divergence: Divergence = divergence
 
     def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
@@ -57,6 +58,7 @@ class DraftModelObjective:
     def save(self, folder: Path, int8: bool) -> None:
         """Writes a folder that any program loads a model from; int8 weights would be for ours only."""
         written = copy.deepcopy(self.module).to(torch.bfloat16 if int8 else torch.float16)
+        written.generation_config = self._generation_config
         with quiet():
             written.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
@@ -72,7 +74,7 @@ def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> Draft
     """A draft model to train, and how."""
     del texts
     student = new_student(target, chosen_layers(order, len(target.shapes)))
-    return DraftModelObjective(student, target.tokenizer, order.divergence)
+    return DraftModelObjective(student, target, order.divergence)
 
 
 def chosen_layers(order: Order, layers: int) -> tuple[int, ...]:
@@ -100,7 +102,7 @@ def new_student(target: LoadedModel, chosen: Sequence[int]) -> Any:
             setattr(config, name, type(value)(value[layer] for layer in chosen))
     config.num_hidden_layers = len(chosen)
     student: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # eval: no dropout
-    student.generation_config = copy.deepcopy(target.model.generation_config)
+    student.generation_config = GenerationConfig()  # the target's may change how it samples
     weights = target.model.state_dict()
     place = next(name for name, module in target.model.named_modules() if module is target.layers)
     renamed = {

@@ -87,9 +87,8 @@ def _begin_as(head: EagleHead, model: Any) -> None:
     theirs = {name.split(last, 1)[1]: tensor for name, tensor in model.state_dict().items() if last in name}
     # The target's layer norms what the head calls hidden; its other input is the head's own.
     renamed = {name.replace("input_layernorm", "hidden_norm"): tensor for name, tensor in theirs.items()}
-    for part in (layer.self_attn, layer.mlp, layer.hidden_norm, layer.post_attention_layernorm):
-        own = {f"{name}.{key}": weight for name, module in layer.named_children() if module is part
-               for key, weight in module.named_parameters()}  # fmt: skip
+    for part in ("self_attn", "mlp", "hidden_norm", "post_attention_layernorm"):
+        own = dict(layer.get_submodule(part).named_parameters(prefix=part))
         if all(name in renamed and renamed[name].shape == weight.shape for name, weight in own.items()):
             for name, weight in own.items():
                 weight.copy_(renamed[name])
@@ -158,7 +157,7 @@ def ridge(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         count, length = count + len(read), length + float(size.sum())
     assert squares is not None
     assert products is not None
-    sizes = (squares.diagonal() / count).sqrt().clamp(min=1e-6)
+    sizes = (squares.diagonal() / count).sqrt().clamp(min=1e-3)  # their inverse must fit into float16
     squares = squares / sizes[:, None] / sizes
     squares.diagonal().add_(RIDGE * count)
     found = torch.linalg.solve(squares, products / sizes[:, None]) / sizes[:, None]

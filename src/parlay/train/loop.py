@@ -173,7 +173,8 @@ class Training:
                     self._save()
                     last_saved = time.monotonic()
         done.seconds = time.monotonic() - began
-        self._evaluate()
+        if self.evaluations[-1].step != done.step:
+            self._evaluate()
         self._save()
         return self.evaluations
 

@@ -38,7 +38,7 @@ class Order:
         on_policy: The share of steps, from 0 to 1, in which a `draft_model` learns from texts of its own.
         divergence: From the target's distribution.
         int8: Write matrices in int8, else in float16; a `draft_model` in bfloat16, else in float16.
-        seed: Decides everything that is random.
+        seed: Decides what is random, but for what recording samples: that also hangs on which rows run together.
         compile: Whether to compile the target's layers for recording; see `EngineConfig`.
     """
 

@@ -68,6 +68,10 @@ class Recorder(Drafter):
         self._model = target
         self._kept = target.kv.keep_beside(len(self._layers) * self._width).unflatten(1, (-1, self._width))
 
+    def detach(self) -> None:
+        """See `Drafter`."""
+        self._model.kv.drop(self._kept.flatten(1))
+
     def offer(self, rows: Sequence[Row]) -> list[Offer | None]:
         """Nothing."""
         return [None] * len(rows)

@@ -116,7 +116,8 @@ def train(order: Order) -> Card:
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         recording, training = bar.add_task("recording", total=order.tokens), bar.add_task("training", total=1.0)
-        if read_about(order.out / WORK) is None:  # what is being trained keeps its data
+        # What is being trained keeps its data.
+        if read_about(order.out / WORK) is None and not data.has(order.tokens):
             _fill(order, data, began, lambda count: bar.advance(recording, count))
         bar.update(recording, completed=order.tokens)
         evaluations, parameters = _train(
