@@ -154,7 +154,7 @@ def test_files_that_cannot_be_read(folder: Path, target: LoadedModel, tmp_path: 
         load_heads(str(tmp_path), target)
     weights.rename(tmp_path / "medusa_lm_head.pt")
     bet = Bet("medusa", Tree.chain(2))
-    with pytest.raises(CheckpointError, match="only pickled weights, .* convert them to safetensors"):
+    with pytest.raises(CheckpointError, match=r"only pickled weights, .* convert them to safetensors"):
         Engine(EngineConfig(str(folder), speculation=bet, drafters={"medusa": str(tmp_path)}))
     weights.write_bytes(whole)
     (tmp_path / "config.json").unlink()

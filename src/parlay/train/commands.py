@@ -32,7 +32,7 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of recorded conversations, for drafters that read the same layers or fewer; by default in OUT.",
+            help="Folder of recorded conversations, for drafters that read those layers or fewer; by default in OUT.",
             rich_help_panel="Data",
         ),
     ] = None,
