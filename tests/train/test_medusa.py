@@ -95,7 +95,7 @@ class _Always:
 
 @torch.inference_mode()
 def test_what_is_counted_is_what_the_engine_accepts(tmp_path: Path) -> None:
-    """Chains of guesses at every place of a greedy answer, against those that the drafter makes there."""
+    """Chains of guesses behind one another over a greedy answer, against those that the drafter makes there."""
     folder = make_model(tmp_path, "llama")
     config = EngineConfig(str(folder), dtype="float64", speculation=None, self_check=False, prefix_caching=False)
     engine = Engine(config)
@@ -108,15 +108,15 @@ def test_what_is_counted_is_what_the_engine_accepts(tmp_path: Path) -> None:
     probs, ids = plain(input_ids=tokens).logits.softmax(-1).topk(TOP)
     heads = _sometimes_right(hidden[0], tokens[0])
     batch = Batch(tokens, hidden[:, :, None], ids, probs, torch.arange(tokens.shape[1])[None] >= len(prompt))
-    accepted, chains = MedusaObjective(heads, VOCAB_SIZE, 2, "forward_kl", "").accepted(batch, HEADS + 1)
-    assert chains == len(answer) - 1 - (HEADS + 1)
-    assert chains > accepted[0] >= accepted[1] >= accepted[2] > accepted[3] == 0
+    accepted, steps = MedusaObjective(heads, VOCAB_SIZE, 2, "forward_kl", "").accepted(batch, HEADS + 1)
+    assert steps > accepted[0] >= accepted[1] >= accepted[2] > accepted[3] == 0
     drafter = Medusa(heads, Tree.chain(HEADS), load_model(resolve(str(folder)), config))
     engine.drafters = Drafters([drafter])
     drafter.attach(engine.model)
     engine.policy = _Always()
     expected = torch.zeros(HEADS + 1)
-    for place in range(len(prompt), len(prompt) + chains):
+    place, counted = len(prompt), 0
+    while place < tokens.shape[1] - 1 - (HEADS + 1):
         # What is bet in the second step is behind the token at this place, which the first step emits.
         params = SamplingParams(temperature=0, max_tokens=HEADS + 2, ignore_eos=True)
         engine.add(Request("r", tuple(tokens[0, :place].tolist()), params))
@@ -125,6 +125,8 @@ def test_what_is_counted_is_what_the_engine_accepts(tmp_path: Path) -> None:
         assert delta.stats.drafted == HEADS
         expected[: delta.stats.accepted] += 1
         engine.abort("r")
+        place, counted = place + delta.stats.accepted + 1, counted + 1
+    assert steps == counted
     assert accepted.tolist() == expected.tolist()
 
 

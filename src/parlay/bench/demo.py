@@ -20,7 +20,7 @@ from parlay.types import Speculation
 
 # Without prefix caching every request pays for its prompt, whichever of the two is sent first.
 # Compiling beside a measurement would spoil it.
-BET, NAME = "eagle:4", "EAGLE head"
+BET, NAME = "eagle:2", "EAGLE head"
 SERVER_OPTIONS = (
     *("--speculation", BET, "--no-prefix-caching"),
     *("--compile", "wait", "--log-level", "warning"),

@@ -46,7 +46,7 @@ class Objective(Protocol):
         ...
 
     def accepted(self, batch: Batch, depth: int) -> tuple[torch.Tensor, int]:
-        """[depth] chains of guesses whose k-th is accepted, and the number of chains."""
+        """[depth] steps whose k-th guess of a chain is accepted, and the number of steps; see `accepted_chains`."""
         ...
 
     def save(self, folder: Path, int8: bool) -> None:
@@ -80,7 +80,7 @@ class Evaluation:
     step: int
     tokens: int  # that were trained on so far
     seconds: float
-    accepted: tuple[float, ...]  # the share of chains whose k-th guess is accepted
+    accepted: tuple[float, ...]  # the share of steps in which the k-th guess is accepted
 
     @property
     def tokens_per_step(self) -> float:
