@@ -10,7 +10,6 @@ Greedy outputs are generated once and replayed, as `benchmarks/suffix.py` does.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import math
 import random
@@ -18,7 +17,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+
+from trial import Conditions, conditions, new_parser
 
 from parlay.bench import environment, report
 from parlay.bench.replay import Replayed, Text, generate, replay
@@ -205,25 +205,14 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(Conditions):
     """All of them."""
 
-    model: str
-    dataset: str
-    prompts: int
-    max_tokens: int
     results: tuple[Result, ...]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="whose outputs (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of its weights (default: %(default)s)")
-    parser.add_argument("--dataset", type=Path, help="prompts, JSON lines; by default Parlay's own")
-    parser.add_argument("--limit", type=int, help="use this many prompts, the categories taking turns")
-    parser.add_argument("--max-tokens", type=int, default=128, help="output limit per prompt (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/adaptive_ngrams.json"))
-    options = parser.parse_args()
+    options = new_parser(__doc__, "adaptive_ngrams").parse_args()
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
     with progress("generating", len(prompts)) as advance:
@@ -233,12 +222,11 @@ def main() -> None:
         for setting in SETTINGS:
             results.append(score(setting, texts, options.max_tokens))
             advance()
-    name = options.dataset.name if options.dataset else "parlay's own prompts"
-    found = Results(environment.portable(options.model), name, len(texts), options.max_tokens, tuple(results))
+    found = Results(**conditions(options, prompts), results=tuple(results))
     environment.write_json(options.json, captured, found)
     columns = ("setting", "tokens/step", "guesses/step")
     lines = [(r.setting, f"{r.tokens_per_step:.3f}", f"{r.guesses_per_step:.2f}") for r in found.results]
-    report.console().print(table(f"{found.model}, {name}: {found.prompts} prompts", columns, lines))
+    report.console().print(table(f"{found.model}, {found.dataset}: {found.prompts} prompts", columns, lines))
 
 
 def score(setting: str, texts: Sequence[Text], max_tokens: int) -> Result:

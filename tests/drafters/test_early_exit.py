@@ -21,6 +21,7 @@ from parlay.engine.model import LoadedModel, load_model
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.architectures import make_model, plain_model
 from tests.drafting import engine_with, tiny_exit
+from tests.operators import needs_operators
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 
@@ -57,11 +58,10 @@ def test_it_goes_through_the_part_on_its_way_to_the_head(tmp_path: Path, kind: s
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # the target's norm works in float32
 
 
+@needs_operators
 def test_compiled_layers_run_in_front_of_it(folder: Path, tmp_path: Path) -> None:
     """The exit's layers are the target's compiled ones."""
     engine = engine_with(folder, "trained self", dtype="float32", compile="wait")
-    if not engine.model.by_paths:
-        pytest.skip("no compiled layers here")
     assert all(engine.model.segments.programs)
     eager = engine_with(folder, "trained self", dtype="float32")
     outputs = []

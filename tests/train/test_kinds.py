@@ -17,7 +17,7 @@ from parlay.config import EngineConfig
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import load_model
-from parlay.train import dataset, loop, run
+from parlay.train import loop, run
 from parlay.train.draft_model import chosen_layers, new_student
 from parlay.train.order import Kind, Order
 from parlay.train.run import train
@@ -28,17 +28,12 @@ from tests.tiny import make_tiny_llama
 KINDS: dict[Kind, dict[str, Any]] = {"self": {"exit": 1}, "draft_model": {"layers": 1}}
 
 
+pytestmark = pytest.mark.usefixtures("few_and_short")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "ROUND", 10)
-    monkeypatch.setattr(dataset, "HELD_OUT", 8)
-    monkeypatch.setattr("parlay.train.conversations.QUESTION_TOKENS", 12)
-    monkeypatch.setattr("parlay.train.conversations.ANSWER_TOKENS", 40)
 
 
 @pytest.fixture(scope="module")

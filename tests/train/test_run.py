@@ -18,13 +18,15 @@ from typer.testing import CliRunner
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
-from parlay.train import dataset, loop, run
+from parlay.train import loop, run
 from parlay.train.conversations import Conversations
 from parlay.train.order import Kind, Order
 from parlay.train.recording import recording_engine
 from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
+
+pytestmark = pytest.mark.usefixtures("few_and_short")
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,6 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.lm_head.weight.copy_(10 * places.roll(1, 0))
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "ROUND", 10)
-    monkeypatch.setattr(dataset, "HELD_OUT", 8)
-    monkeypatch.setattr("parlay.train.conversations.QUESTION_TOKENS", 12)
-    monkeypatch.setattr("parlay.train.conversations.ANSWER_TOKENS", 40)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from parlay.bench.report import Spread, progress, table
 from parlay.bench.workloads import Prompt, load_prompts
 from parlay.types import Speculation
 
+BET, NAME = "eagle:2", "EAGLE head"
 # Without prefix caching every request pays for its prompt, whichever of the two is sent first.
 # Compiling beside a measurement would spoil it.
-BET, NAME = "eagle:2", "EAGLE head"
 SERVER_OPTIONS = (
     *("--speculation", BET, "--no-prefix-caching"),
     *("--compile", "wait", "--log-level", "warning"),

@@ -37,9 +37,6 @@ class ExitPart(nn.Module):
     """One residual block, position by position, between the target's first layers and its norm and vocabulary.
 
     Without training it changes nothing. It reads no other position, so it keeps nothing and is trained as it is used.
-    Tried behind 7 of the 30 layers of smollm2-135m, 120 steps of 512 places each: of the first guesses 4% are right
-    without it, 24% with a residual linear map of rank 192, 31% with a whole one, and 35% and 37% with this one, 576 and
-    1536 wide.
     """
 
     def __init__(self, shape: ExitShape) -> None:

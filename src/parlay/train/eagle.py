@@ -13,7 +13,7 @@ from parlay.engine.model import LoadedModel
 from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
 from parlay.train.eagle_start import new_head
-from parlay.train.losses import Divergence, Targets, head_loss
+from parlay.train.losses import Divergence, ReducedVocabulary, Targets, head_loss
 from parlay.train.order import Order
 from parlay.train.recording import Recorded
 from parlay.train.unrolled import turns
@@ -36,8 +36,7 @@ class EagleObjective:
         self.taps = head.shape.taps
         self._turns = turns
         self._divergence: Divergence = divergence
-        self._place = torch.full((len(embedding),), -1)  # of each of the target's tokens in the head's vocabulary
-        self._place[head.ids] = torch.arange(len(head.ids))
+        self._vocabulary = ReducedVocabulary(head.ids, len(embedding))
 
     def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
         """The loss to go down, and how often a first guess would be accepted at temperature 1.
@@ -46,10 +45,7 @@ class EagleObjective:
             batch: Texts.
             progress: From 0 to 1. The first turn is learned alone at first, which is several times as fast.
         """
-        places = self._place[batch.ids]
-        probs = batch.probs * (places >= 0)
-        places = places.clamp(min=0)
-        known = probs.sum(-1) > 0.05
+        places, probs, known = self._vocabulary.of(batch.ids, batch.probs)
         total, first = batch.hidden.new_zeros(()), 0.0
         count = self._turns if progress > 0.35 else 1
         for turn, out in enumerate(self._run(batch, count)):

@@ -1,8 +1,8 @@
 """How an EAGLE head begins: as the target's last layer, on a linear estimate of what that layer will read.
 
 The layer, its norm and the rows of the vocabulary are the target's own. What the layer would read at the next position
-is estimated from the states at this one and the next token's embedding by ridge regression. So the head guesses well
-before the first step: on 41,000 tokens of SmolLM2-135M its best guess was the target's at 40 of 100 places.
+is estimated from the states at this one and the next token's embedding by ridge regression. So the head guesses before
+the first step: that of SmolLM2-135M was right at 35 of 100 places of held-out answers (the first line of its card).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 Divergence = Literal["forward_kl", "reverse_kl", "tvd"]
 DIVERGENCES = get_args(Divergence)
 CHUNK = 256  # positions whose logits exist at a time
+KNOWN = 0.05  # of the target's probability that a head must be able to guess where it learns
 FLOOR = 1e-5  # what the target is taken to think of a token that is not among its most likely ones
 
 
@@ -35,6 +36,34 @@ class Targets:
     def part(self, places: slice) -> Targets:
         """Those of some of the places."""
         return Targets(self.ids[places], self.probs[places], self.weights[places])
+
+
+class ReducedVocabulary:
+    """Where the target's tokens stand among those that a head can guess.
+
+    Args:
+        ids: [V] the target's id of each of the head's tokens.
+        size: Tokens of the target.
+    """
+
+    def __init__(self, ids: torch.Tensor, size: int) -> None:
+        self._place = torch.full((size,), -1)
+        self._place[ids] = torch.arange(len(ids))
+
+    def of(self, ids: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is left of the target's distributions.
+
+        Args:
+            ids: [..., K] tokens of the target.
+            probs: [..., K] their probabilities.
+
+        Returns:
+            [..., K] the head's tokens, [..., K] their probabilities, 0 where it has none, and [...] whether enough is
+            left to learn from.
+        """
+        places = self._place[ids]
+        left = probs * (places >= 0)
+        return places.clamp(min=0), left, left.sum(-1) > KNOWN
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

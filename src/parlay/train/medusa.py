@@ -13,12 +13,11 @@ from parlay.drafters.medusa_heads import MedusaHeads, MedusaShape
 from parlay.engine.model import LoadedModel
 from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
-from parlay.train.losses import Divergence, Targets, head_loss
+from parlay.train.losses import Divergence, ReducedVocabulary, Targets, head_loss
 from parlay.train.order import Order
 from parlay.train.recording import Recorded, frequent_tokens
 
 DECAY = 0.8  # what a head counts, compared with the one before it
-KNOWN = 0.05  # of a target's distribution, at least, must be in the vocabulary
 
 
 class MedusaObjective:
@@ -36,8 +35,7 @@ class MedusaObjective:
         self.module, self._base = heads, base
         self.taps = (layers + 1,)
         self._divergence: Divergence = divergence
-        self._place = torch.full((size,), -1)  # of each of the target's tokens in the heads' vocabulary
-        self._place[heads.ids] = torch.arange(len(heads.ids))
+        self._vocabulary = ReducedVocabulary(heads.ids, size)
 
     def loss(self, batch: Batch, progress: float) -> tuple[torch.Tensor, float]:
         """The loss to go down, and how often the first head's guess would be accepted at temperature 1.
@@ -45,10 +43,7 @@ class MedusaObjective:
         Head k learns at t what the target said behind token t + k + 1, which is all about token t + k + 2.
         """
         del progress
-        places = self._place[batch.ids]
-        probs = batch.probs * (places >= 0)
-        places = places.clamp(min=0)
-        known = probs.sum(-1) > KNOWN
+        places, probs, known = self._vocabulary.of(batch.ids, batch.probs)
         hidden = batch.hidden[:, :, 0]
         total, first = hidden.new_zeros(()), 0.0
         for head in range(self.module.shape.heads):
