@@ -15,15 +15,17 @@ from parlay.types import Bet, Tree
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
 Compile = Literal["background", "wait", "cached", "off"]
+Calibrate = Literal["quick", "full", "skip"]
+Auto = Literal["auto"]
 TreeSampling = Literal["sequoia", "specinfer", "topk"]
 
 
-def parse_bet(text: str) -> Bet | None:
-    """Reads the command-line form of a fixed bet.
+def parse_bet(text: str) -> Bet | Auto | None:
+    """Reads the command-line form of what to bet.
 
-    It is `off`, `auto`, `METHOD` (a chain of 4), `METHOD:DEPTH` (a chain), `METHOD:SIZExDEPTH` (a tree that grows where
-    its guesses are likely) or `METHOD:[-1,0,0,...]` (the parents of a tree, -1 being the last known token). Until a
-    controller exists, `auto` is prompt lookup at a modest depth.
+    It is `off`, `auto` (every drafter there is, as the policy decides), `METHOD` (a chain of 4), `METHOD:DEPTH` (a
+    chain), `METHOD:SIZExDEPTH` (a tree that grows where its guesses are likely) or `METHOD:[-1,0,0,...]` (the parents
+    of a tree, -1 being the last known token).
 
     Raises:
         ValueError: with the accepted forms, when `text` is none of them.
@@ -31,7 +33,7 @@ def parse_bet(text: str) -> Bet | None:
     if text == "off":
         return None
     if text == "auto":
-        return AUTO
+        return "auto"
     shapes = r"(?P<size>\d{1,3})x(?P<levels>\d{1,2})|(?P<depth>\d{1,3})|(?P<parents>\[[-\d,\s]*\])"
     form = re.fullmatch(rf"(?P<method>\w+)(:({shapes}))?", text)
     try:
@@ -72,9 +74,6 @@ def likely_tree(size: int, depth: int) -> Tree:
     return Tree(tuple(parents))
 
 
-AUTO = Bet("prompt_lookup", Tree.chain(4))
-
-
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine is built from.
@@ -89,7 +88,11 @@ class EngineConfig:
         kv_cache_memory: Bytes for the KV pool; None takes a share of free memory, bounded by what the rows can use.
         page_size: Positions per KV page.
         prefix_caching: Reuse KV of equal prompt prefixes.
-        speculation: What to bet on every row; None never bets. A text is read by `parse_bet`.
+        speculation: What to bet on every row; `auto` for all drafters there are; None never bets. A text is read by
+            `parse_bet`.
+        policy: Who decides what is bet; see `parlay.policy.named`. None takes `goodput` for `auto`, else the bet as
+            it is.
+        calibrate: How thoroughly to measure what steps cost where that was not done before and the policy asks.
         drafters: By method, where a drafter's weights are: a Hugging Face id or a local folder.
         tree_sampling: How drafters with probabilities draw siblings where chance decides: `sequoia` without
             replacement; as baselines, `specinfer` independently, and `topk` the most likely ones, without chance.
@@ -109,7 +112,9 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     page_size: int = 16
     prefix_caching: bool = True
-    speculation: Bet | None = AUTO
+    speculation: Bet | Auto | None = "auto"
+    policy: str | None = None
+    calibrate: Calibrate = "skip"
     drafters: Mapping[str, str] = field(default_factory=dict)
     tree_sampling: TreeSampling = "sequoia"
     parity: Parity = "fast"
@@ -118,7 +123,7 @@ class EngineConfig:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.speculation, str):
+        if isinstance(self.speculation, str) and self.speculation != "auto":
             object.__setattr__(self, "speculation", parse_bet(self.speculation))
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             if getattr(self, name) < 1:
@@ -131,6 +136,7 @@ class EngineConfig:
             ("parity", get_args(Parity)),
             ("compile", get_args(Compile)),
             ("dtype", get_args(Dtype)),
+            ("calibrate", get_args(Calibrate)),
             ("tree_sampling", get_args(TreeSampling)),
         ):
             if getattr(self, name) not in choices:

@@ -12,8 +12,8 @@ from rich.table import Table
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, Spread, table
 from parlay.engine.engine import Engine
-from parlay.policy.base import Policy
-from parlay.types import Offer, Row, SamplingParams, Speculation, StepPlan, StepResult
+from parlay.policy.base import Policy, PolicyRow
+from parlay.types import Offer, SamplingParams, Speculation, StepPlan, StepResult
 
 Tokens = tuple[int, ...]
 
@@ -74,10 +74,10 @@ class Recorder:
         self.policy = policy
         self.steps: list[Step] = []
 
-    def plan(self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         return self.policy.plan(rows, offers, budget)
 
-    def observe(self, rows: Sequence[Row], result: StepResult) -> None:
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         self.policy.observe(rows, result)
         if all(row.count == 1 and got.emitted for row, got in zip(rows, result.rows, strict=True)):
             drafted = sum(got.drafted for got in result.rows)

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from parlay.config import TreeSampling
+from parlay.config import TreeSampling, likely_tree
 from parlay.engine.batch import Draft
 from parlay.engine.compiling import Compilable
 from parlay.engine.model import LoadedModel, TargetModel
@@ -34,6 +34,7 @@ class Drafter(ABC):
         owns_kv: Whether it keeps KV of its own, which then has to catch up with tokens it has not seen.
         bytes_per_position: Memory that it needs for every position of the target's KV pool.
         sampling: How it draws siblings by chance, if it does; the engine sets it.
+        largest: The tree that it is made for where the user names none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Drafter(ABC):
     owns_kv: bool = False
     bytes_per_position: int = 0
     sampling: TreeSampling = "sequoia"
+    largest: Tree = likely_tree(16, 6)
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
@@ -101,6 +103,7 @@ class ShownGuesses(Drafter):
     """What drafters share whose guesses follow from tokens alone: an offer shows them, and a draft is a part of it."""
 
     deterministic = True
+    largest = Tree.chain(10)
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -149,10 +152,12 @@ class Drafters:
     Attributes:
         by_name: Those that work.
         failed: Names of those that were switched off.
+        sources: Where the weights of those are from that have some.
     """
 
-    def __init__(self, drafters: Sequence[Drafter]) -> None:
+    def __init__(self, drafters: Sequence[Drafter], sources: Mapping[str, str] | None = None) -> None:
         self.by_name = {drafter.name: drafter for drafter in drafters}
+        self.sources = dict(sources or {})
         self.failed: tuple[str, ...] = ()
 
     @property

@@ -7,16 +7,16 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
 
-from parlay import registry
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
-from parlay.drafters.shipped import shipped
 from parlay.engine import self_check
 from parlay.engine.accept import Acceptor
+from parlay.engine.betting import make_drafters, policy_for
 from parlay.engine.blocks import Blocks
 from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compiling, whole_model
@@ -26,6 +26,8 @@ from parlay.engine.output import OutputStream
 from parlay.engine.sampling import FreshDraws
 from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
+from parlay.policy.base import Policy
+from parlay.policy.fixed import Off
 from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepResult
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Engine:
 
     Args:
         config: What to serve, and how.
-        drafters: Makes the drafters for the target; None makes those that the configured bet needs.
+        drafters: Makes the drafters for the target; None makes those that the configuration asks for.
 
     Raises:
         CheckpointError: when the model cannot be had.
@@ -51,7 +53,7 @@ class Engine:
         self.eos = loaded.eos
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
-        self.drafters = drafters(loaded) if drafters else _drafters(config, loaded)
+        self.drafters = (drafters or partial(make_drafters, config))(loaded)
         blocks = Blocks(_num_pages(config, loaded, longest, self.drafters.bytes_per_position), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
         self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
@@ -65,14 +67,12 @@ class Engine:
         self._compiling = [Compiling(part, config.compile) for part in parts if not strict and self.model.by_paths]
         self._adopt_compiled()
         self.scheduler = Scheduler(config, blocks, self.max_model_len)
-        bet = config.speculation
-        self.policy = registry.policies.create("off")
-        if bet is not None:
-            self.policy = registry.policies.create("fixed", method=bet.method, tree=bet.tree, free=bet.free)
         self._random = random.Random(config.seed)
         generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
         self.acceptor = Acceptor(FreshDraws(generator), self.eos)
         self._streams: dict[int, OutputStream] = {}
+        self.policy: Policy = Off()
+        self.policy = policy_for(self, config.policy)
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -110,6 +110,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model's layers run compiled."""
+        return all(self.model.segments.programs)
 
     def status(self) -> EngineStatus:
         """How it stands now; cheap enough for every step."""
@@ -236,26 +241,6 @@ def _fitting(config: EngineConfig, longest: int, blocks: Blocks) -> int:
         )
     logger.warning("the KV cache holds %d positions, so the context is %d, not %d", fits, fits, longest)
     return fits
-
-
-def _drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
-    """What the configured bet needs.
-
-    Raises:
-        ValueError: in a sentence with the remedy, for a drafter that is unknown or cannot guess for this target.
-    """
-    bet, sources = config.speculation, dict(config.drafters)
-    source = (sources.pop(bet.method, None) or shipped(config.model, bet.method)) if bet else None
-    if sources:
-        name = next(iter(sources))
-        raise ValueError(f"drafter {name}: nothing bets on it; name it in --speculation or leave it out")
-    if bet is None:
-        return Drafters([])
-    drafter = registry.drafters.find(bet.method).for_target(bet.tree, loaded, source)
-    if drafter.name != bet.method:
-        raise ValueError(f"the drafter registered as {bet.method!r} calls itself {drafter.name!r}; rename one")
-    drafter.sampling = config.tree_sampling
-    return Drafters([drafter])
 
 
 def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int, beside: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -44,32 +45,71 @@ class Situation:
     reuse: int = 1
 
 
-def make(name: str, situation: Situation) -> Callable[[], Policy]:
-    """What makes a policy of this name: off, fixed:LENGTH, synergy, smartspec, goodput or oracle.
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What policies are made of, by the names that users write; what takes long is worked out when it is needed.
+
+    Attributes:
+        profile: What steps cost.
+        method: Whom published policies, which know one drafter, bet on.
+        longest: Most levels that it offers.
+        lengths: Synergy's table: best length by batch size.
+        every: Steps for which SmartSpec keeps a length.
+    """
+
+    profile: Callable[[], Profile]
+    method: str
+    longest: int
+    lengths: Callable[[], Mapping[int, int]]
+    every: int = PUBLISHED_EVERY
+
+
+NAMES = ("off", "fixed:3", "synergy", "smartspec", "goodput")
+
+
+def named(name: str, means: Means) -> Policy:
+    """A policy by its name: off, fixed:LENGTH, synergy, smartspec or goodput.
 
     Raises:
         ValueError: for any other name.
     """
-    method, longest = situation.offers[0].method, situation.offers[0].tree.depth
-    profile, (head, _, rest) = situation.profile, name.partition(":")
+    head, _, rest = name.partition(":")
     if head == "off" and not rest:
-        return Off
+        return Off()
     if head == "fixed" and rest.isdecimal() and int(rest) > 0:
-        if int(rest) > longest:
-            raise ValueError(f"policy {name!r}: the drafter offers {longest} levels at most")
-        return lambda: Fixed(method, Tree.chain(int(rest)))
+        if int(rest) > means.longest:
+            raise ValueError(f"policy {name!r}: the drafter offers {means.longest} levels at most")
+        return Fixed(means.method, Tree.chain(int(rest)))
     if name == "synergy":
-        table = length_table(_profiled(situation, method, longest), BATCHES).lengths
-        return lambda: Synergy(method, table)
+        return Synergy(means.method, means.lengths())
     if name == "smartspec":
-        return lambda: SmartSpec(profile, method, longest, every=max(1, PUBLISHED_EVERY // situation.reuse))
+        return SmartSpec(means.profile(), means.method, means.longest, every=means.every)
     if name == "goodput":
-        return lambda: Goodput(profile)
+        return Goodput(means.profile())
+    raise ValueError(_unknown(name, NAMES))
+
+
+def make(name: str, situation: Situation) -> Callable[[], Policy]:
+    """What makes a policy of this name for the simulator, which also has an oracle.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     if name == "oracle":
         return lambda: _oracle(situation)
-    known = ["off", "fixed:3", "synergy", "smartspec", "goodput", "oracle"]
+    method, longest = situation.offers[0].method, situation.offers[0].tree.depth
+    table = cache(lambda: length_table(_profiled(situation, method, longest), BATCHES).lengths)
+    every = max(1, PUBLISHED_EVERY // situation.reuse)
+    means = Means(lambda: situation.profile, method, longest, table, every)
+    if name.partition(":")[0] not in {known.partition(":")[0] for known in NAMES}:
+        raise ValueError(_unknown(name, (*NAMES, "oracle")))
+    named(name, means)  # what is wrong with it is said at once
+    return lambda: named(name, means)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"policy {name!r}: {f'did you mean {near[0]}?' if near else f'known: {chr(44).join(known)}'}")
+    return f"policy {name!r}: {f'did you mean {near[0]}?' if near else f'known: {chr(44).join(known)}'}"
 
 
 def _profiled(situation: Situation, method: str, longest: int) -> Planner:

@@ -1,0 +1,83 @@
+"""Who guesses and who decides: an engine's drafters and its policy, by the names that users write."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parlay import registry
+from parlay.config import EngineConfig
+from parlay.drafters.base import Drafter, Drafters
+from parlay.drafters.shipped import all_shipped, shipped
+from parlay.engine.model import LoadedModel
+from parlay.engine.profiles import profile_for
+from parlay.policy.base import Policy
+from parlay.policy.fixed import Fixed, Off
+from parlay.policy.goodput import PRIOR
+from parlay.policy.named import BATCHES, Means, named
+from parlay.policy.planner import Planner, length_table
+from parlay.types import Bet, Tree
+
+if TYPE_CHECKING:
+    from parlay.engine.engine import Engine
+
+FREE = ("suffix",)  # what costs no weights is always there
+
+
+def make_drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
+    """What may be bet on: the configured method, or everything there is for this model.
+
+    Raises:
+        ValueError: in a sentence with the remedy, for a drafter that is unknown or cannot guess for this target.
+    """
+    bet = config.speculation
+    if bet == "auto":
+        sources = all_shipped(config.model) | dict(config.drafters)
+        made = [_make(method, None, loaded, sources.get(method), config) for method in (*FREE, *sources)]
+        return Drafters(made, sources)
+    others = [method for method in config.drafters if bet is None or method != bet.method]
+    if others:
+        raise ValueError(f"drafter {others[0]}: nothing bets on it; name it in --speculation or leave it out")
+    if bet is None:
+        return Drafters([])
+    source = config.drafters.get(bet.method) or shipped(config.model, bet.method)
+    return Drafters([_make(bet.method, bet.tree, loaded, source, config)], {bet.method: source} if source else {})
+
+
+def _make(method: str, tree: Tree | None, loaded: LoadedModel, source: str | None, config: EngineConfig) -> Drafter:
+    kind: type[Drafter] = registry.drafters.find(method)
+    drafter = kind.for_target(tree or kind.largest, loaded, source)
+    if drafter.name != method:
+        raise ValueError(f"the drafter registered as {method!r} calls itself {drafter.name!r}; rename one")
+    drafter.sampling = config.tree_sampling
+    return drafter
+
+
+def policy_for(engine: Engine, name: str | None) -> Policy:
+    """The policy of this name; None stands for what the configured bet calls for.
+
+    Args:
+        engine: Whose drafters it bets on; idle and new where steps' costs have to be measured first.
+        name: See `parlay.policy.named`.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    bet, drafters = engine.config.speculation, engine.drafters
+    if name is None:
+        if isinstance(bet, Bet):
+            return Fixed(bet.method, bet.tree, bet.free)
+        name = "goodput" if bet == "auto" else "off"
+    if not drafters.by_name:
+        return Off()
+    method = next((method for method in drafters.by_name if method in drafters.sources), next(iter(drafters.by_name)))
+    profile = cache(lambda: profile_for(engine, engine.config.calibrate))
+    longest = (bet.tree if isinstance(bet, Bet) else drafters.by_name[method].largest).depth
+
+    def lengths() -> dict[int, int]:
+        planner = Planner(profile(), {method: np.array(PRIOR[:1])}, depth=longest, chains=True)
+        return dict(length_table(planner, BATCHES).lengths)
+
+    return named(name, Means(profile, method, longest, lengths))

@@ -1,0 +1,333 @@
+"""What steps cost here: measured once for a machine, a model and its drafters, then kept in the cache folder.
+
+Passes run over rows that never were requests. Their tokens are arbitrary, and their pages, which nobody has at start,
+hold whatever lies there; so a row with a long context costs no prompt to be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import random
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from parlay.drafters.base import Drafter
+from parlay.engine.batch import Draft
+from parlay.policy.base import PolicyRow
+from parlay.policy.cost import (
+    DraftCost,
+    HostCost,
+    Profile,
+    VerifyCost,
+    fit_verify,
+    nonnegative_least_squares,
+    relative_errors,
+)
+from parlay.policy.fixed import Off
+from parlay.policy.trees import Floats, Ints, overlap, subtree
+from parlay.types import NO_TREE, Bet, Request, Row, SamplingParams, StepResult, Tree
+
+if TYPE_CHECKING:
+    from parlay.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+NEW = (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)  # tokens of a row in a pass: its last known one, and guesses
+CONTEXTS = (32, 256, 1024)
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+ROUNDS = {"quick": 3, "full": 9}
+HELD_OUT = 5  # of so many shapes one is only predicted
+TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
+MOST_SECONDS = {"quick": 15.0, "full": 60.0}
+HOST_PROMPT, HOST_STEPS = 8, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step: so many rows with so many tokens in KV each, and so many new ones each."""
+
+    rows: int
+    context: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What steps of an engine can be.
+
+    Attributes:
+        rows: At a time.
+        new: Tokens in one step.
+        context: Positions of a row.
+        pages: Of the pool, without the null page.
+        page_size: Positions of a page.
+    """
+
+    rows: int
+    new: int
+    context: int
+    pages: int
+    page_size: int
+
+    def allows(self, shape: Shape) -> bool:
+        """Whether such a step can be."""
+        span = shape.context + 1 + max(shape.new - 1, len(TREES[-1]))
+        held = shape.rows * -(-span // self.page_size)
+        return (
+            shape.rows <= self.rows
+            and shape.rows * shape.new <= self.new
+            and span <= self.context
+            and held <= self.pages
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A measured profile, and how well it predicts shapes that it was not fitted to.
+
+    Attributes:
+        profile: What steps cost.
+        shapes: How many were measured.
+        median_error: Of |predicted / measured - 1| over shapes that were held out.
+        worst_error: The largest of them.
+        seconds: That measuring took.
+    """
+
+    profile: Profile
+    shapes: int
+    median_error: float
+    worst_error: float
+    seconds: float
+
+
+def shapes(limits: Limits) -> list[Shape]:
+    """Steps to measure: every size of step beside little context, and some beside more."""
+    found = [Shape(rows, CONTEXTS[0], new) for rows in ROWS for new in NEW]
+    found += [Shape(rows, context, new) for context in CONTEXTS[1:] for rows in ROWS for new in (1, 5)]
+    return [shape for shape in found if limits.allows(shape)]
+
+
+class Stopwatch:
+    """Steps over made-up rows, timed.
+
+    Args:
+        engine: Idle.
+        limits: What its steps can be.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self._engine, self._limits = engine, limits
+        self._chance = random.Random(0)
+
+    def verify(self, shape: Shape) -> tuple[float, float]:
+        """Seconds of a pass, and of choosing tokens behind it."""
+        tree = Tree.chain(shape.new - 1) if shape.new > 1 else NO_TREE
+        rows = self.rows(shape)
+        draft = Draft("calibration", tree, tuple(self._tokens(len(tree)))) if tree else None
+        self._wait()
+        began = time.perf_counter()
+        scores = self._engine.model.verify(rows, [draft] * len(rows), self._engine.drafters.taps)
+        self._wait()
+        passed = time.perf_counter()
+        self._engine.acceptor.accept(rows, [draft] * len(rows), scores)
+        return passed - began, time.perf_counter() - passed
+
+    def draft(self, drafter: Drafter, rows: Sequence[Row], tree: Tree) -> tuple[float, bool]:
+        """Seconds of guessing for rows, and whether every one of them got guesses."""
+        offers = drafter.offer(rows)
+        trees = [subtree(offer.tree, overlap(offer.tree, tree)) if offer else NO_TREE for offer in offers]
+        bets = [Bet(drafter.name, some) for some in trees]
+        self._wait()
+        began = time.perf_counter()
+        drafts = drafter.draft(rows, bets, self._limits.new)
+        self._wait()
+        return time.perf_counter() - began, None not in drafts
+
+    def rows(self, shape: Shape) -> list[Row]:
+        """Rows with one known token to run, each on pages of its own."""
+        size = self._limits.page_size
+        each = -(-(shape.context + 1 + max(shape.new - 1, len(TREES[-1]))) // size)
+        found = []
+        for line in range(shape.rows):
+            tokens = array("i", self._tokens(shape.context + 1))
+            pages = list(range(1 + line * each, 1 + (line + 1) * each))
+            request = Request("calibration", tuple(tokens), SamplingParams(temperature=0, ignore_eos=True))
+            found.append(Row(-1 - line, request, 0, tokens, len(tokens), shape.context, 1, 0, 64, pages))
+        return found
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._chance.randrange(min(1000, self._engine.model.vocab_size)) for _ in range(count)]
+
+    def _wait(self) -> None:
+        if self._engine.model.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.model.device)
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[float], None]) -> Calibration:
+    """Measures what the steps of an engine cost.
+
+    Args:
+        engine: Idle, and new: no page of its pool is held.
+        how: How thoroughly.
+        advance: Told how much is done, from 0 to 1.
+    """
+    began = time.monotonic()
+    config, blocks = engine.config, engine.scheduler.blocks
+    limits = Limits(
+        config.max_num_seqs, config.max_num_batched_tokens, engine.max_model_len, blocks.num_pages, config.page_size
+    )
+    watch = Stopwatch(engine, limits)
+    wanted = shapes(limits)
+    passes, choices = _time_passes(watch, wanted, how, lambda share: advance(0.7 * share))
+    drafts = {}
+    guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
+    for place, drafter in enumerate(guessing):
+        drafts[drafter.name] = _time_drafter(watch, drafter, limits, ROUNDS[how])
+        advance(0.7 + 0.2 * (place + 1) / len(guessing))
+    host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
+    advance(1.0)
+    profile, errors = _fitted(passes, drafts, host, engine)
+    return Calibration(profile, len(passes), *errors, time.monotonic() - began)
+
+
+Timed = dict[Shape, list[float]]
+
+
+def _time_passes(
+    watch: Stopwatch, wanted: Sequence[Shape], how: Literal["quick", "full"], advance: Callable[[float], None]
+) -> tuple[Timed, Timed]:
+    """Seconds of passes and of choosing, by shape; all shapes take turns, so that a slow moment is nobody's alone."""
+    passes, choices = ({shape: list[float]() for shape in wanted} for _ in range(2))
+    order, end = list(wanted), time.monotonic() + 0.7 * MOST_SECONDS[how]
+    watch.verify(order[0])  # the first of all is slow
+    for turn in range(ROUNDS[how]):
+        random.Random(turn).shuffle(order)
+        for done, shape in enumerate(order):
+            seconds, choosing = watch.verify(shape)
+            passes[shape].append(seconds)
+            choices[shape].append(choosing)
+            advance((turn + done / len(order)) / ROUNDS[how])
+            if time.monotonic() > end and turn:
+                return passes, choices
+    return passes, choices
+
+
+def _per_guess(choices: Timed) -> float:
+    """Seconds of choosing that a further token of a row takes."""
+    lines = [(shape.rows, shape.rows * (shape.new - 1), statistics.median(some)) for shape, some in choices.items()]
+    rows, guesses, seconds = (np.array(column, dtype=float) for column in zip(*lines, strict=True))
+    features = np.stack([np.ones(len(rows)), rows, guesses], axis=1) / seconds[:, None]
+    return float(nonnegative_least_squares(features, np.ones(len(rows)))[2])
+
+
+def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int) -> DraftCost:
+    """What a drafter's levels, rows and guesses cost, and what reading does that it has missed."""
+    lines: list[tuple[float, ...]] = []
+    catching_up: list[float] = []
+    for shape in (Shape(1, 64, 1), Shape(4, 64, 1), Shape(16, 64, 1), Shape(1, 480, 1), Shape(4, 480, 1)):
+        if not limits.allows(shape):
+            continue
+        rows = watch.rows(shape)
+        first, ready = watch.draft(drafter, rows, TREES[0])
+        for _ in range(2 * shape.rows * shape.context // 32):  # what a drafter reads of missed tokens in one step
+            if ready:
+                break
+            _, ready = watch.draft(drafter, rows, TREES[0])
+        for tree in TREES if ready else ():
+            seconds = statistics.median(watch.draft(drafter, rows, tree)[0] for _ in range(rounds))
+            held = shape.rows * shape.context
+            lines.append((1.0, tree.depth, shape.rows, shape.rows * len(tree), held, seconds))
+            if drafter.owns_kv and shape.rows == 1 and tree is TREES[0]:
+                catching_up.append(max(0.0, first - seconds) / min(shape.context, limits.new))
+        for row in rows:
+            drafter.forget(row.seq)
+    if not lines:
+        logger.warning("drafter %s gave no guesses to be timed, so its cost is taken from serving", drafter.name)
+        return DraftCost()
+    table = np.array(lines)
+    fitted = nonnegative_least_squares(table[:, :-1] / table[:, -1:], np.ones(len(table)))
+    return DraftCost(*map(float, fitted), per_catch_up=min(catching_up, default=0.0))
+
+
+class _Noted(Off):
+    """Bets nothing, and keeps what the steps cost beside the pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, list[float]] = {}
+
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
+        if all(row.samples for row in rows):
+            own = sum(seconds for part, seconds in result.seconds.items() if part not in ("verify", "draft"))
+            self.seconds.setdefault(len(rows), []).append(own)
+
+
+def _time_host(engine: Engine, rows: int, per_guess: float) -> HostCost:
+    """All but passes and guesses, of real requests that nobody bets on."""
+    policy, noted = engine.policy, _Noted()
+    engine.policy = noted
+    prompt = tuple(range(min(HOST_PROMPT, engine.vocab_size)))
+    params = SamplingParams(temperature=0, max_tokens=HOST_STEPS, ignore_eos=True)
+    for count in (1, rows):
+        for number in range(count):
+            engine.add(Request(f"calibration {count} {number}", prompt, params))
+        while engine.has_work:
+            engine.step()
+    engine.policy = policy
+    one, many = (statistics.median(noted.seconds[count]) for count in (1, rows))
+    per_row = max(0.0, (many - one) / max(1, rows - 1))
+    return HostCost(max(0.0, one - per_row), per_row, per_guess)
+
+
+def _fitted(
+    passes: Timed, drafts: Mapping[str, DraftCost], host: HostCost, engine: Engine
+) -> tuple[Profile, tuple[float, float]]:
+    """A profile of everything measured, and how far off one of all but a few shapes is at those."""
+    measured = {shape: statistics.median(some) for shape, some in passes.items() if some}
+    apart = {shape for place, shape in enumerate(measured) if place % HELD_OUT == HELD_OUT // 2}
+    rest = {shape: seconds for shape, seconds in measured.items() if shape not in apart}
+    errors = relative_errors(_fit(rest or measured), *_columns({shape: measured[shape] for shape in apart or measured}))
+    profile = Profile(
+        hardware=hardware(engine.model.device),
+        model=engine.config.model,
+        dtype=str(engine.model.dtype).removeprefix("torch."),
+        verify=_fit(measured),
+        drafts=drafts,
+        host=host,
+        notes=f"measured by parlay; off by {errors[0]:.1%} (median) and {errors[1]:.1%} (worst) at shapes held out",
+    )
+    return profile, errors
+
+
+def _fit(measured: Mapping[Shape, float]) -> VerifyCost:
+    new, rows, context, seconds = _columns(measured)
+    knots = [knot for knot in KNOTS if knot <= new.max()]
+    return fit_verify(new, rows, context, seconds, knots).cost
+
+
+def _columns(measured: Mapping[Shape, float]) -> tuple[Ints, Ints, Ints, Floats]:
+    """[shapes] each: new tokens, rows, tokens in KV, seconds."""
+    new, rows, context = np.array([(s.rows * s.new, s.rows, s.rows * (s.context + 1)) for s in measured]).T
+    return new, rows, context, np.array([*measured.values()])
+
+
+def hardware(device: torch.device) -> str:
+    """What steps run on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,76 @@
+"""Profiles of what steps cost, kept in the cache folder: one for every machine, model and set of drafters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from parlay.config import Calibrate
+from parlay.engine import native
+from parlay.engine.calibration import MOST_SECONDS, calibrate, hardware
+from parlay.engine.checkpoint import cache_dir
+from parlay.policy.cost import Profile, VerifyCost
+
+if TYPE_CHECKING:
+    from parlay.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+GUESS = Profile("unknown", "unknown", "unknown", VerifyCost.linear(0.02, 0.002), notes="never measured")
+
+
+def profile_for(engine: Engine, how: Calibrate) -> Profile:
+    """What steps of this engine cost: as it was measured before, or measured now.
+
+    Args:
+        engine: Idle and new.
+        how: How thoroughly to measure where that was not done before; `skip` for a rough guess instead.
+    """
+    path = stored(engine)
+    try:
+        if path.exists():
+            found = Profile.load(path)
+            if found.hardware == hardware(engine.model.device):
+                return found
+            logger.warning("%s was measured on %s, so it is measured again", path, found.hardware)
+    except ValueError as error:
+        logger.warning("%s, so it is measured again", error)
+    if how == "skip":
+        logger.warning("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
+        return GUESS
+    logger.info("measuring what steps cost, once for this machine and model (at most %.0f s)", MOST_SECONDS[how])
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring what steps cost", total=1.0)
+        calibration = calibrate(engine, how, lambda share: bar.update(task, completed=share))
+    logger.info(
+        "%d shapes in %.0f s; predictions are off by %.1f%% (median) and %.1f%% (worst) at shapes held out",
+        calibration.shapes,
+        calibration.seconds,
+        100 * calibration.median_error,
+        100 * calibration.worst_error,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    calibration.profile.save(partial)
+    partial.rename(path)
+    return calibration.profile
+
+
+def stored(engine: Engine) -> Path:
+    """Where the profile of such an engine is kept. What changes steps' costs changes the name."""
+    model, config = engine.model, engine.config
+    about = (
+        hardware(model.device), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
+        config.max_num_seqs, sorted(engine.drafters.sources.items()), torch.__version__, native.key(),
+    )  # fmt: skip
+    name = re.sub(r"[^\w.-]+", "-", config.model).strip("-")
+    digest = hashlib.sha256(json.dumps([config.model, *about], default=str).encode()).hexdigest()[:12]
+    return cache_dir() / "profiles" / f"{name}-{digest}.json"

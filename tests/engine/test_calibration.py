@@ -1,0 +1,96 @@
+"""Costs are measured on the engine itself, which is as new afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parlay.engine import profiles
+from parlay.engine.calibration import Limits, Shape, calibrate, shapes
+from parlay.engine.engine import Engine
+from parlay.engine.profiles import GUESS, profile_for, stored
+from parlay.types import Request, SamplingParams
+from tests.architectures import make_model
+from tests.drafting import engine_with
+
+PROMPTS = [(5, 6, 7, 5, 6, 7, 5), (3, 1, 4, 1, 5, 9, 2, 6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def outputs(engine: Engine) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(Request(str(number), prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)))
+    while engine.has_work:
+        for delta in engine.step():
+            found.setdefault(delta.request_id, []).extend(delta.tokens)
+        engine.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("method", ["eagle", "draft_model", "medusa", "self"])
+def test_an_engine_is_measured_and_is_as_new(folder: Path, method: str) -> None:
+    expected = outputs(engine_with(folder, method))
+    engine, shares = engine_with(folder, method), list[float]()
+    free = engine.scheduler.blocks.num_free
+    found = calibrate(engine, "quick", shares.append)
+    profile = found.profile
+    assert found.shapes > 20
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert float(profile.verify(33, 1, 64)) > 0
+    assert float(profile.verify(64, 8, 4000)) >= float(profile.verify(1, 1, 32))
+    cost = profile.draft(method)
+    assert cost(4, 2, 8, 100) > 0
+    assert profile.host(4, 0) > 0
+    assert 0 <= found.median_error <= found.worst_error
+    assert not engine.drafters.failed
+    assert engine.scheduler.blocks.num_free == free
+    assert outputs(engine) == expected
+
+
+def test_shapes_stay_within_an_engine() -> None:
+    limits = Limits(rows=4, new=40, context=300, pages=60, page_size=16)
+    some = shapes(limits)
+    assert Shape(4, 32, 9) in some
+    assert max(shape.rows for shape in some) == 4
+    assert max(shape.rows * shape.new for shape in some) <= 40
+    assert {shape.context for shape in some} == {32, 256}
+    assert all(shape.rows * -(-(shape.context + 9) // 16) <= 60 for shape in some)
+    assert shapes(Limits(1, 1, 64, 4, 16)) == [Shape(1, 32, 1)]
+
+
+def test_it_is_kept_and_measured_again_where_it_does_not_fit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PARLAY_CACHE", str(tmp_path))
+    engine = engine_with(folder, "self")
+    assert profile_for(engine, "skip") == GUESS
+    found = profile_for(engine, "quick")
+    assert stored(engine).is_relative_to(tmp_path)
+
+    def failing(*args: Any) -> Any:
+        raise AssertionError("it is measured once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiles, "calibrate", failing)
+        assert profile_for(engine_with(folder, "self"), "full") == found
+        assert profile_for(engine_with(folder, "self"), "skip") == found
+        with pytest.raises(AssertionError):
+            profile_for(engine_with(folder, "eagle"), "full")
+    path = stored(engine)
+    path.write_text("{")
+    assert profile_for(engine_with(folder, "self"), "skip") == GUESS
+    assert "is not a profile" in caplog.text
+    profile_for(engine_with(folder, "self"), "quick")
+    other = json.loads(path.read_text()) | {"hardware": "an abacus"}
+    path.write_text(json.dumps(other))
+    assert profile_for(engine_with(folder, "self"), "quick").hardware == found.hardware
+    assert "was measured on an abacus" in caplog.text
