@@ -17,6 +17,7 @@ constexpr int64_t kNear = 48;       // tokens whose inputs stay in cache while t
 
 // Where output `lane` of a panel lies, so that load_panel gives outputs 0.. and kLanes.. in order.
 inline int place(const float*, int lane) { return lane; }
+inline int place(const int8_t*, int lane) { return lane; }
 inline int place(const bfloat16*, int lane) { return lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1; }
 
 inline void load_panel(const float* from, vfloat& low, vfloat& high) {
@@ -28,6 +29,11 @@ inline void load_panel(const bfloat16* from, vfloat& low, vfloat& high) {  // tw
   const vuint pairs = load_as<vuint>(from);
   low = (vfloat)(pairs << 16);
   high = (vfloat)(pairs & 0xffff0000u);
+}
+
+inline void load_panel(const int8_t* from, vfloat& low, vfloat& high) {
+  low = __builtin_convertvector(load_as<vbyte>(from), vfloat);
+  high = __builtin_convertvector(load_as<vbyte>(from + kLanes), vfloat);
 }
 
 // weight: [outputs, inputs] -> packed: [panels, inputs, kPanel], zeros behind the last output.
@@ -43,9 +49,16 @@ void pack(const W* weight, int64_t outputs, int64_t inputs, W* packed) {
   });
 }
 
+// What is done to sums of products, output by output; null for nothing.
+struct After {
+  const float *scale, *bias;
+
+  After from(int64_t output) const { return {scale ? scale + output : scale, bias ? bias + output : bias}; }
+};
+
 // `count` outputs of one panel for M tokens.
 template <int M, class W, class Y>
-inline void multiply(const float* x, int64_t inputs, const W* panel, const float* bias, Y* y, int64_t outputs, int count) {
+inline void multiply(const float* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs, int count) {
   vfloat low[M], high[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) low[m] = high[m] = vfloat{};
@@ -60,47 +73,50 @@ inline void multiply(const float* x, int64_t inputs, const W* panel, const float
       high[m] += input * b;
     }
   }
-  float wide[kPanel] = {};
-  if (bias != nullptr) std::copy_n(bias, count, wide);
-  const vfloat low_bias = load(wide), high_bias = load(wide + kLanes);
+  float scale[kPanel], bias[kPanel] = {};
+  std::fill_n(scale, kPanel, 1.0f);
+  if (after.scale != nullptr) std::copy_n(after.scale, count, scale);
+  if (after.bias != nullptr) std::copy_n(after.bias, count, bias);
+  const vfloat low_scale = load(scale), high_scale = load(scale + kLanes);
+  const vfloat low_bias = load(bias), high_bias = load(bias + kLanes);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     if (count == kPanel) {
-      store(y + m * outputs, low[m] + low_bias);
-      store(y + m * outputs + kLanes, high[m] + high_bias);
+      store(y + m * outputs, low[m] * low_scale + low_bias);
+      store(y + m * outputs + kLanes, high[m] * high_scale + high_bias);
     } else {
       Y whole[kPanel];
-      store(whole, low[m] + low_bias);
-      store(whole + kLanes, high[m] + high_bias);
+      store(whole, low[m] * low_scale + low_bias);
+      store(whole + kLanes, high[m] * high_scale + high_bias);
       std::copy_n(whole, count, y + m * outputs);
     }
   }
 }
 
 template <class W, class Y>
-void multiply(int64_t tokens, const float* x, int64_t inputs, const W* panel, const float* bias, Y* y, int64_t outputs,
+void multiply(int64_t tokens, const float* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs,
               int count) {
   for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * inputs, y += kTokens * outputs)
-    multiply<kTokens>(x, inputs, panel, bias, y, outputs, count);
+    multiply<kTokens>(x, inputs, panel, after, y, outputs, count);
   switch (tokens) {
-    case 5: return multiply<5>(x, inputs, panel, bias, y, outputs, count);
-    case 4: return multiply<4>(x, inputs, panel, bias, y, outputs, count);
-    case 3: return multiply<3>(x, inputs, panel, bias, y, outputs, count);
-    case 2: return multiply<2>(x, inputs, panel, bias, y, outputs, count);
-    case 1: return multiply<1>(x, inputs, panel, bias, y, outputs, count);
+    case 5: return multiply<5>(x, inputs, panel, after, y, outputs, count);
+    case 4: return multiply<4>(x, inputs, panel, after, y, outputs, count);
+    case 3: return multiply<3>(x, inputs, panel, after, y, outputs, count);
+    case 2: return multiply<2>(x, inputs, panel, after, y, outputs, count);
+    case 1: return multiply<1>(x, inputs, panel, after, y, outputs, count);
     default: return;
   }
 }
 
-// x: [tokens, inputs], packed: [panels, inputs, kPanel], bias: [outputs] or null -> y: [tokens, outputs].
+// x: [tokens, inputs], packed: [panels, inputs, kPanel], after: [outputs] each -> y: [tokens, outputs].
 template <class W, class Y>
-void linear(const float* x, int64_t tokens, int64_t inputs, const W* packed, const float* bias, Y* y, int64_t outputs) {
+void linear(const float* x, int64_t tokens, int64_t inputs, const W* packed, After after, Y* y, int64_t outputs) {
   at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < tokens; first += kNear)
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t output = panel * kPanel;
         multiply(std::min(kNear, tokens - first), x + first * inputs, inputs, packed + output * inputs,
-                 bias == nullptr ? nullptr : bias + output, y + first * outputs + output, outputs,
+                 after.from(output), y + first * outputs + output, outputs,
                  static_cast<int>(std::min<int64_t>(kPanel, outputs - output)));
       }
   });
