@@ -63,7 +63,7 @@ def _in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[
     """Whole numbers [outputs, inputs] and scales [outputs], if a weight consists of such."""
     scale = (weight.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
     whole = (weight / scale).round()
-    exact = ((whole * scale - weight).abs() <= ROUNDING * 127 * scale).all()
+    exact = weight.shape[1] % 2 == 0 and ((whole * scale - weight).abs() <= ROUNDING * 127 * scale).all()
     return (whole.to(torch.int8), scale[:, 0].contiguous()) if exact else (None, None)
 
 

@@ -26,6 +26,7 @@ Tensor pack_weight(const Tensor& weight) {
   const int64_t outputs = whole.size(0), inputs = whole.size(1);
   Tensor packed = at::empty({(outputs + parlay::kPanel - 1) / parlay::kPanel, inputs, parlay::kPanel}, whole.options());
   PARLAY_DISPATCH_WEIGHT(whole.scalar_type(), [&] {
+    TORCH_CHECK(inputs % parlay::Layout<scalar_t>::kInputs == 0, "int8 weights: inputs must come in pairs");
     parlay::pack(whole.const_data_ptr<scalar_t>(), outputs, inputs, packed.data_ptr<scalar_t>());
   });
   return packed;

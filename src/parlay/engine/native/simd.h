@@ -25,7 +25,6 @@ typedef float vfloat __attribute__((vector_size(kBytes)));
 typedef int32_t vint __attribute__((vector_size(kBytes)));
 typedef uint32_t vuint __attribute__((vector_size(kBytes)));
 typedef uint16_t vhalf __attribute__((vector_size(kBytes / 2)));
-typedef int8_t vbyte __attribute__((vector_size(kBytes / 4)));
 typedef float quad __attribute__((vector_size(16)));
 
 #if defined(__clang__)
