@@ -53,10 +53,8 @@ def test_what_is_saved_is_what_is_loaded(target: LoadedModel, tmp_path: Path, jo
     ):
         torch.testing.assert_close(nearer, weight, rtol=1e-3, atol=1e-3)
         if weight.ndim == 2:
-            # Half a step of the scale, and what bfloat16 rounds.
-            limit = weight.abs().amax(1, keepdim=True) * (0.5 / 127 + 2**-8)
+            limit = weight.abs().amax(1, keepdim=True) * (0.5 / 127 + 1e-6)  # half a step of the scale
             assert bool(((near - weight).abs() <= limit).all()), name
-            assert near.equal(near.to(torch.bfloat16).float())
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "int8" / "model.safetensors").values())
     assert size < 1.2 * sum(weight.numel() for weight in head.parameters())
 

@@ -68,6 +68,37 @@ def test_weights_that_fit_in_bfloat16_are_kept_so_without_a_loss() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_from_an_int8_checkpoint_stay_int8_without_a_loss(dtype: torch.dtype, bias: bool) -> None:
+    whole = nn.Linear(50, 70, bias=bias)
+    scale = (torch.rand(70, 1) + 0.1) / 100
+    weight = torch.randint(-127, 128, (70, 50)).float()
+    weight[:, 0] = 127
+    weight[3] = 0
+    whole.weight.copy_(weight * scale)
+    packed = PackedLinear(whole, dtype)
+    assert packed.weight.dtype is torch.int8
+    assert PackedLinear(whole).weight.dtype is torch.float32, "a target's weights are kept exactly"
+    scales = packed.to(torch.bfloat16).scale
+    assert scales is not None
+    assert scales.dtype is torch.float32, "what was packed stays as it is"
+    for tokens in (1, 2, 5, 7, 61):
+        hidden = torch.randn(tokens, 50).to(dtype)
+        out = packed(hidden)
+        assert out.dtype is dtype
+        assert torch.allclose(out.float(), whole(hidden.float()), rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(packed(hidden[:1]), out[:1])
+
+
+@torch.inference_mode()
+def test_weights_that_may_be_rounded_are(threads: int) -> None:
+    whole = nn.Linear(50, 70)
+    assert PackedLinear(whole, torch.bfloat16).weight.dtype is torch.bfloat16
+    assert PackedLinear(whole, torch.float32).weight.dtype is torch.float32
+
+
+@torch.inference_mode()
 def test_layers_the_other_way_round() -> None:
     whole = Conv1D(12, 20)
     hidden = torch.randn(2, 3, 20)

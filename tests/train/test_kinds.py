@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from parlay.cli import app
 from parlay.config import EngineConfig
-from parlay.engine.checkpoint import resolve
+from parlay.engine.checkpoint import CheckpointError, resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import load_model
 from parlay.train import loop, run
@@ -123,8 +124,20 @@ def test_a_draft_model_begins_as_layers_of_the_target(tmp_path: Path, kind: str)
     with torch.inference_mode():
         torch.testing.assert_close(student(tokens).logits, plain(tokens).logits)
     assert student.config.num_hidden_layers == 1
-    assert not student.get_output_embeddings().weight.requires_grad
-    assert sum(weight.requires_grad for weight in student.parameters()) > 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drafter_is_gone_on_with(folder: Path, data: Path, tmp_path: Path, kind: Kind) -> None:
+    """It begins where the other ended; a draft model's vocabulary stays as it is."""
+    first = train(order(kind, folder, tmp_path / "first", data, int8=False))
+    more = Order(kind, str(folder), tmp_path / "more", data / kind, str(tmp_path / "first"), tokens=1500, epochs=1)
+    then = train(more)
+    assert then.evaluations[0].accepted == pytest.approx(first.evaluations[-1].accepted, abs=0.02)
+    assert then.evaluations[0] != first.evaluations[0]
+    assert then.parameters == first.parameters
+    size = {"self": "exit", "draft_model": "layers"}[kind]
+    with pytest.raises(ValueError, match=f"{size}: is that of the drafter that --start names; leave --{size} out"):
+        train(replace(more, **KINDS[kind]))
 
 
 def test_a_draft_model_is_a_model_as_any_other(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -141,10 +154,12 @@ def test_what_cannot_be_trained_is_refused(folder: Path, data: Path, tmp_path: P
     for kind, options, message in (
         ("self", {"exit": 2}, "exit: must be from 1 to 1 layers, not 2"),
         ("draft_model", {"layers": 2}, "layers: must be from 1 to 1, fewer than the model's, not 2"),
-        ("self", {"on_policy": 0.5}, "on_policy: a drafter of kind self writes no texts by itself"),
-        ("eagle", {"on_policy": 0.5}, "on_policy: a drafter of kind eagle writes no texts by itself"),
+        ("self", {"on_policy": 0.5}, "on_policy: means nothing for a drafter of kind self; leave --on-policy out"),
+        ("eagle", {"on_policy": 0.5}, "on_policy: means nothing for a drafter of kind eagle"),
+        ("eagle", {"heads": 3}, "heads: means nothing for a drafter of kind eagle; leave --heads out"),
+        ("eagle", {"start": "/nowhere"}, "/nowhere is neither a folder nor a Hugging Face id"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, CheckpointError), match=message):
             train(Order(kind, str(folder), tmp_path, data / kind, **options))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from typer.testing import CliRunner
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
-from parlay.train import loop, run
+from parlay.train import conversations, loop, run
 from parlay.train.conversations import Conversations
 from parlay.train.order import Kind, Order
 from parlay.train.recording import recording_engine
 from parlay.train.run import train
-from parlay.types import Bet, Request, SamplingParams, Tree
+from parlay.types import Bet, Delta, Request, SamplingParams, Tree
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 
 pytestmark = pytest.mark.usefixtures("few_and_short")
@@ -66,15 +67,11 @@ def read_by_the_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def order(folder: Path, out: Path, data: Path, kind: Kind = "eagle", **options: Any) -> Order:
-    settings: dict[str, Any] = {
-        "tokens": 1500,
-        "epochs": 3,
-        "batch": 128,
-        "turns": 3,
-        "vocab": 200,
-        "intermediate": 48,
-        "compile": "cached",
-    }
+    settings: dict[str, Any] = {"tokens": 1500, "epochs": 3, "batch": 128, "compile": "cached"}
+    if "start" not in options:
+        settings |= {"vocab": 200} | ({"intermediate": 48} if kind == "eagle" else {})
+    if kind == "eagle":
+        settings["turns"] = 3
     return Order(kind, str(folder), out, data, **settings | options)
 
 
@@ -138,6 +135,38 @@ def test_training_goes_on_where_it_was_broken_off(
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_a_head_is_gone_on_with(
+    folder: Path, data: Path, read_by_the_head: Path, counting: Path, tmp_path: Path, kind: Kind
+) -> None:
+    """It begins where the other ended, with the same layers and vocabulary."""
+    folder, texts = {"eagle": (folder, data), "medusa": (counting, read_by_the_head)}[kind]
+    taps: dict[str, Any] = {"taps": (1, 2)} if kind == "eagle" else {}
+    first = train(order(folder, tmp_path / "first", texts, kind, int8=False, epochs=12, **taps))
+    more = order(folder, tmp_path / "more", texts, kind, start=str(tmp_path / "first"), epochs=1)
+    then = train(more)
+    assert then.evaluations[0].accepted == pytest.approx(first.evaluations[-1].accepted, abs=0.02)
+    assert then.evaluations[0] != first.evaluations[0]
+    assert then.parameters == first.parameters
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "more")]
+    assert configs[0] == configs[1]
+    with pytest.raises(ValueError, match="vocab: is that of the drafter that --start names; leave --vocab out"):
+        train(replace(more, vocab=100))
+
+
+def test_products_are_rounded_where_that_is_fast(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on in float32 beside them, and comes to much the same."""
+    cards = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(loop, "fastest_dtype", lambda device, dtype=dtype: dtype)
+        cards.append(train(order(folder, tmp_path / str(dtype), data, epochs=12)))
+    exact, rounded = (card.evaluations[-1].tokens_per_step for card in cards)
+    assert rounded == pytest.approx(exact, abs=0.15)
+    assert rounded > cards[1].evaluations[0].tokens_per_step + 0.04
+
+
 def test_data_stays_within_its_budget(folder: Path, tmp_path: Path) -> None:
     card = train(order(folder, tmp_path, tmp_path / "data", tokens=100_000, disk=1_500_000, epochs=1))
     assert sum(file.stat().st_size for file in (tmp_path / "data").iterdir()) < 1_500_000
@@ -198,6 +227,36 @@ def test_given_prompts_are_answered(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert {request.params.temperature for request in added} > {0.0}
     with pytest.raises(ValueError, match="prompts: none leaves room for an answer"):
         Conversations(engine, ["too long " * 250], "seed")
+
+
+def test_some_questions_are_about_earlier_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "MATERIAL", 3)
+    monkeypatch.setattr(conversations, "TASK_SHARE", 0.5)
+    engine = Engine(EngineConfig(str(folder), speculation=None, self_check=False, max_num_seqs=2))
+    added: list[Request] = []
+    add, step, answers = engine.add, engine.step, dict[str, str]()
+
+    def noting(request: Request) -> None:
+        added.append(request)
+        add(request)
+
+    def stepping() -> list[Delta]:
+        deltas = step()
+        for delta in deltas:
+            answers[delta.request_id] = answers.get(delta.request_id, "") + delta.text
+        return deltas
+
+    monkeypatch.setattr(engine, "add", noting)
+    monkeypatch.setattr(engine, "step", stepping)
+    Conversations(engine, (), "seed").run(12)
+    tasks = [tuple(engine.tokenizer.encode(task, add_special_tokens=False)) for task in conversations.TASKS]
+    texts = [
+        engine.tokenizer.decode(request.prompt) for request in added if request.id.startswith(conversations.ANSWER)
+    ]
+    about = [text for text in texts if any(engine.tokenizer.decode(task).strip() in text for task in tasks)]
+    assert 0 < len(about) < len(texts)
+    earlier = [answer.strip() for name, answer in answers.items() if name.startswith(conversations.ANSWER)]
+    assert all(any(answer in text for answer in earlier) for text in about)
 
 
 def test_the_command(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

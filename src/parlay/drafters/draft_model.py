@@ -57,6 +57,13 @@ class DraftModel(LevelDrafter):
         self._vocab = min(self._model.vocab_size, target.vocab_size)
         self.ids = None if self._vocab == target.vocab_size else torch.arange(self._vocab, device=self.device)
 
+    def detach(self) -> None:
+        """See `Drafter`. Its parts hold each other, so that weights would wait for a garbage collection."""
+        for part in self._loaded.model.modules():
+            part._parameters.clear()
+            part._buffers.clear()
+        del self._model
+
     def compilables(self) -> list[Compilable]:
         """See `Drafter`."""
         return [whole_model(self._model, "the draft model")]

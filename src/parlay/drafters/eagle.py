@@ -40,8 +40,8 @@ class Eagle(LevelDrafter):
 
     def __init__(self, head: EagleHead, tree: Tree, target: LoadedModel, seed: int = 0) -> None:
         super().__init__(tree, target.device, seed)
-        self.head = head.to(target.device, target.dtype).eval()
-        pack_products(self.head)
+        pack_products(head.to(target.device), target.dtype)
+        self.head = head.to(target.dtype).eval()
         self.taps = head.shape.taps
         self.ids = head.ids
         self._embed = target.model.get_input_embeddings()

@@ -110,6 +110,15 @@ def _shape(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], target: 
     return shape
 
 
+def read_taps(source: str, layers: int) -> tuple[int, ...]:
+    """The layers, of so many, that a head reads.
+
+    Raises:
+        CheckpointError: when its description cannot be had or read.
+    """
+    return _taps(read_config(fetch_folder(source)), layers)
+
+
 def _taps(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if nested:

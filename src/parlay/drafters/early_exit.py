@@ -34,8 +34,8 @@ class EarlyExit(LevelDrafter):
         super().__init__(tree, target.device, seed)
         self.part = None
         if isinstance(exit, ExitPart):
-            self.part = exit.to(target.device, target.dtype).eval()
-            pack_products(self.part)
+            pack_products(exit.to(target.device), target.dtype)
+            self.part = exit.to(target.dtype).eval()
             exit = exit.shape.exit
         self.layers = range(exit or default_exit(len(target.shapes)))
 

@@ -69,7 +69,7 @@ def load_exit(folder: Path, target: LoadedModel) -> ExitPart:
         CheckpointError: when the files cannot be read.
         ValueError: when it was made for another model.
     """
-    shape = _shape(folder / CONFIG)
+    shape = read_shape(folder)
     found = len(target.shapes), int(target.model.get_input_embeddings().weight.shape[1])
     if found != (shape.layers, shape.hidden) or not 0 < shape.exit < shape.layers:
         raise ValueError(
@@ -81,7 +81,13 @@ def load_exit(folder: Path, target: LoadedModel) -> ExitPart:
     return part
 
 
-def _shape(path: Path) -> ExitShape:
+def read_shape(folder: Path) -> ExitShape:
+    """What a trained exit in a folder fits.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["architectures"] != [ARCHITECTURE]:

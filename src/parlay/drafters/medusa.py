@@ -34,8 +34,8 @@ class Medusa(Drafter):
     name = "medusa"
 
     def __init__(self, heads: MedusaHeads, tree: Tree, target: LoadedModel, seed: int = 0) -> None:
-        self.heads = heads.to(target.device, target.dtype).eval()
-        pack_products(self.heads)
+        pack_products(heads.to(target.device), target.dtype)
+        self.heads = heads.to(target.dtype).eval()
         self.tree = tree.trim(len(tree), heads.shape.heads)
         self.taps = (len(target.shapes) + 1,)
         self.device = target.device

@@ -33,7 +33,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], int8: bool)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors, those in int8 unpacked to what bfloat16 can hold.
+    """All tensors of a folder's safetensors, those in int8 unpacked to float32.
 
     Raises:
         CheckpointError: when there are none, or they cannot be read.
@@ -51,7 +51,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from error
     for name in [name for name in tensors if name.endswith(SCALE)]:
         scale, whole = tensors.pop(name), name.removesuffix(SCALE)
-        tensors[whole] = (tensors[whole].float() * scale).to(torch.bfloat16)
+        tensors[whole] = tensors[whole].float() * scale
     return tensors
 
 

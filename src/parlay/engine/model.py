@@ -94,7 +94,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         CheckpointError: when the checkpoint cannot be had or read.
     """
     device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    dtype = fastest_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if not source.gguf_file:
         _refuse_if(_config_refusal(source))
     model, tokenizer = load(source, dtype, device, attn_implementation="eager")
@@ -181,10 +181,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def fastest_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else the fastest type that is safe."""
-    if name != "auto":
-        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -21,6 +21,10 @@ def train(
     kind: Annotated[
         Literal["eagle", "medusa", "self", "draft_model"], typer.Option(help="The kind of drafter: a method's name.")
     ] = "eagle",
+    start: Annotated[
+        str | None,
+        typer.Option(help="A drafter of this kind to go on from: a folder or a Hugging Face id.", metavar="SOURCE"),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -103,6 +107,7 @@ def train(
     seed: Annotated[
         int, typer.Option(help="Decides what is random in training, and what is asked.", rich_help_panel="Training")
     ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Training")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Train a drafter for a model, on text that the model writes itself."""
@@ -115,6 +120,7 @@ def train(
             kind=kind,
             model=model,
             out=out,
+            start=start,
             data=data or out / "training" / "data",
             prompts=tuple(prompt.text for prompt in load_prompts(prompts)) if prompts else (),
             tokens=tokens,
@@ -134,6 +140,7 @@ def train(
             taps=_layers(taps),
             int8=not float16,
             seed=seed,
+            device=device,
         )
     )
     typer.echo(json.dumps(asdict(card), indent=1) if as_json else card.markdown)

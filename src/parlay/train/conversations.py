@@ -2,11 +2,14 @@
 
 A chat model that is given the beginning of a user's turn goes on with what users write (Magpie, Xu et al. 2024,
 arXiv 2406.08464). Openings steer it to the kinds of tasks that speculation is measured on; most are a word or two.
+Such users write little. So some questions consist of a task and what was answered before, for it to be about: that is
+where answers come from the text in front of them.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 
 from parlay.engine.engine import Engine
@@ -26,6 +29,16 @@ OPENINGS = (
     "Read the following passage and answer the question.", "Given the following text, answer the question:\n",
     "Based on the passage below,", "Context:", "The following is", "Identify", "Classify", "Evaluate", "Convert",
 )  # fmt: skip
+TASKS = (
+    "Summarize the following text:\n\n", "Summarize this in three sentences.\n\n", "TL;DR of this article:\n\n",
+    "Translate the following text to German:\n\n", "Translate to French:\n\n", "Translate to Spanish:\n\n",
+    "List all names, dates and numbers in this text.\n\n", "What are the main points of this text?\n\n",
+    "Extract the key facts from the passage below as JSON.\n\n", "Correct the mistakes in this text:\n\n",
+    "Rewrite the following text so that a child understands it:\n\n", "Quote the most important sentence:\n\n",
+    "Read the passages and answer: what are they about, and what follows from them?\n\n", "Go on with this:\n\n",
+)  # fmt: skip
+TASK_SHARE = 0.25
+MATERIAL = 32  # answers, the latest, that tasks can be about
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 QUESTION_TOKENS = 400
 ANSWER_TOKENS = 320
@@ -58,7 +71,8 @@ class Conversations:
             raise ValueError("prompts: none leaves room for an answer within the model's context; give shorter ones")
         self._begun = 0
         self._questions: dict[str, tuple[int, ...]] = {}  # those that the model is writing, with what came before
-        self._answers: set[str] = set()  # that it is writing
+        self._answers: dict[str, tuple[int, ...]] = {}  # that it is writing, as far as they are
+        self._material: deque[tuple[int, ...]] = deque(maxlen=MATERIAL)
 
     def run(self, answers: int) -> int:
         """Steps until so many more answers have ended or there are none left; returns how many have."""
@@ -88,15 +102,27 @@ class Conversations:
         if self._prompts:
             self._answer(name, chance.choice(self._prompts))
             return True
+        if len(self._material) == MATERIAL and chance.random() < TASK_SHARE:
+            self._answer(name, self._task(chance))
+            return True
         opening = self._engine.tokenizer.encode(chance.choice(OPENINGS), add_special_tokens=False)
         self._questions[name] = (*self._before, *opening)
         self._add(name, self._questions[name], chance.uniform(0.7, 1.0), QUESTION_TOKENS, len(self._after) + ROOM)
         return True
 
+    def _task(self, chance: random.Random) -> tuple[int, ...]:
+        """A question about one to three of the latest answers."""
+        encode = self._engine.tokenizer.encode
+        question = [*encode(chance.choice(TASKS), add_special_tokens=False)]
+        for text in chance.sample(self._material, chance.randint(1, 3)):
+            question += (*text, *encode("\n\n", add_special_tokens=False))
+        room = self._engine.max_model_len - len(self._before) - len(self._after) - ROOM
+        return (*self._before, *question[:room], *self._after)
+
     def _answer(self, name: str, prompt: tuple[int, ...]) -> None:
         chance = random.Random(f"answer {name}")
         name = ANSWER + name
-        self._answers.add(name)
+        self._answers[name] = ()
         self._add(name, prompt, chance.choice((0.0, chance.uniform(0.5, 1.0))), ANSWER_TOKENS, 0)
 
     def _add(self, name: str, prompt: tuple[int, ...], temperature: float, longest: int, after: int) -> None:
@@ -107,15 +133,18 @@ class Conversations:
         """Whether an answer has ended."""
         name = delta.request_id
         if name in self._answers:
+            self._answers[name] += delta.tokens
             if delta.finish_reason:
-                self._answers.discard(name)
+                self._material.append(self._without_end(self._answers.pop(name)))
             return delta.finish_reason is not None
         self._questions[name] += delta.tokens
         if delta.finish_reason:
             question = self._questions.pop(name)
-            ended = question[-1] in self._engine.eos
-            self._answer(name, (*(question[:-1] if ended else question), *self._after))
+            self._answer(name, (*self._without_end(question), *self._after))
         return False
+
+    def _without_end(self, text: tuple[int, ...]) -> tuple[int, ...]:
+        return text[:-1] if text and text[-1] in self._engine.eos else text
 
 
 def _around_user(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:

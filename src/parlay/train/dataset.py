@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ ROUND = 128  # conversations per file
 HELD_OUT = 48  # conversations that are never trained on
 APART = 8  # of so many given questions one is only for those
 ABOUT = "about.json"
-LONGEST = 512  # tokens of a text that are trained on at a time
+LONGEST = 1024  # tokens of a text that are trained on at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,10 @@ class Batch:
         """Places that are no padding."""
         return int((self.probs[..., 0] > 0).sum())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same in another memory."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 def batches(texts: Sequence[Recorded], size: int, chance: random.Random | None) -> Iterator[Batch]:
     """All texts in batches of about `size` tokens, alike in length; in random order where there is chance."""
@@ -199,11 +203,11 @@ def _batch(parts: Sequence[tuple[Recorded, int]]) -> Batch:
     top = parts[0][0].ids.shape[-1]
     assert top <= TOP
     batch = Batch(
-        torch.zeros(shape, dtype=torch.long),
-        torch.zeros(*shape, taps, width),
-        torch.zeros(*shape, top, dtype=torch.long),
-        torch.zeros(*shape, top),
-        torch.zeros(shape, dtype=torch.bool),
+        torch.zeros(shape, dtype=torch.long, device="cpu"),
+        torch.zeros(*shape, taps, width, device="cpu"),
+        torch.zeros(*shape, top, dtype=torch.long, device="cpu"),
+        torch.zeros(*shape, top, device="cpu"),
+        torch.zeros(shape, dtype=torch.bool, device="cpu"),
     )
     for line, ((text, at), count) in enumerate(zip(parts, lengths, strict=True)):
         batch.tokens[line, :count] = text.tokens[at : at + count]

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from parlay.engine.checkpoint import quiet
-from parlay.engine.model import LoadedModel
+from parlay.config import EngineConfig
+from parlay.engine.checkpoint import quiet, resolve
+from parlay.engine.model import LoadedModel, load_model
 from parlay.train.chains import accepted_chains
 from parlay.train.dataset import Batch
 from parlay.train.losses import Divergence, Targets, logits_loss
@@ -73,7 +74,13 @@ def taps(order: Order, layers: int) -> tuple[int, ...]:
 def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> DraftModelObjective:
     """A draft model to train, and how."""
     del texts
-    student = new_student(target, chosen_layers(order, len(target.shapes)))
+    if order.start:
+        student = _begun(order.start, target)
+    else:
+        student = new_student(target, chosen_layers(order, len(target.shapes)))
+    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
+        assert isinstance(part, nn.Module)
+        part.requires_grad_(False)
     return DraftModelObjective(student, target, order.divergence)
 
 
@@ -112,7 +119,17 @@ def new_student(target: LoadedModel, chosen: Sequence[int]) -> Any:
         if name.startswith(f"{place}.{index}.")
     }
     student.load_state_dict({name: weights[renamed.get(name, name)] for name in student.state_dict()})
-    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
-        assert isinstance(part, nn.Module)
-        part.requires_grad_(False)
+    return student
+
+
+def _begun(source: str, target: LoadedModel) -> Any:
+    """A draft model that is there, in float32."""
+    loaded = load_model(resolve(source), EngineConfig(source, dtype="float32", device=str(target.device)))
+    if (found := loaded.config.vocab_size) != target.config.vocab_size:
+        raise ValueError(
+            f"start: {source} has a vocabulary of {found} tokens, and the model has {target.config.vocab_size}; name a "
+            "draft model of this model"
+        )
+    student = loaded.model.eval()
+    student.generation_config = GenerationConfig()
     return student

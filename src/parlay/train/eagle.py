@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from parlay.drafters.eagle_files import save_head
+from parlay.drafters.eagle_files import load_head, read_taps, save_head
 from parlay.drafters.eagle_head import EagleHead
 from parlay.engine.model import LoadedModel
 from parlay.train.chains import accepted_chains
@@ -19,6 +19,7 @@ from parlay.train.recording import Recorded
 from parlay.train.unrolled import turns
 
 DECAY = 0.9  # what a guess counts, compared with the one before it
+ALONE = 0.35  # of a training, at its beginning, the first turn is learned alone, which is several times as fast
 
 
 class EagleObjective:
@@ -29,12 +30,16 @@ class EagleObjective:
         embedding: [vocab, hidden] the target's, frozen.
         turns: How far the head goes on from its own output while it learns.
         divergence: From the target's distribution.
+        alone: The share of the training in which only the first turn is learned; a head that has learned the others
+            would forget them.
     """
 
-    def __init__(self, head: EagleHead, embedding: torch.Tensor, turns: int, divergence: Divergence) -> None:
+    def __init__(
+        self, head: EagleHead, embedding: torch.Tensor, turns: int, divergence: Divergence, alone: float = ALONE
+    ) -> None:
         self.module, self._embedding = head, embedding
         self.taps = head.shape.taps
-        self._turns = turns
+        self._turns, self._alone = turns, alone
         self._divergence: Divergence = divergence
         self._vocabulary = ReducedVocabulary(head.ids, len(embedding))
 
@@ -43,11 +48,11 @@ class EagleObjective:
 
         Args:
             batch: Texts.
-            progress: From 0 to 1. The first turn is learned alone at first, which is several times as fast.
+            progress: From 0 to 1.
         """
         places, probs, known = self._vocabulary.of(batch.ids, batch.probs)
         total, first = batch.hidden.new_zeros(()), 0.0
-        count = self._turns if progress > 0.35 else 1
+        count = self._turns if progress >= self._alone else 1
         for turn, out in enumerate(self._run(batch, count)):
             learn = known.clone()
             learn[:, :turn] = False
@@ -78,6 +83,8 @@ def taps(order: Order, layers: int) -> tuple[int, ...]:
 
 
 def _read(order: Order, layers: int) -> tuple[int, ...]:
+    if order.start:
+        return read_taps(order.start, layers)
     return order.taps or tuple(dict.fromkeys((min(2, layers), layers // 2, layers - 1)))
 
 
@@ -85,6 +92,9 @@ def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> Eagle
     """A head to train, and how."""
     count = len(target.shapes)
     layers = taps(order, count)
-    head = new_head(target.model, _read(order, count), layers, texts, order.vocab, order.intermediate)
+    if order.start:
+        head = load_head(order.start, target).to(target.device)
+    else:
+        head = new_head(target.model, _read(order, count), layers, texts, order.vocab, order.intermediate)
     embedding = target.model.get_input_embeddings().weight.detach()
-    return EagleObjective(head, embedding, order.turns, order.divergence)
+    return EagleObjective(head, embedding, order.turns, order.divergence, 0.0 if order.start else ALONE)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from parlay.drafters.early_exit import default_exit
-from parlay.drafters.exit_part import ExitPart, ExitShape, save_exit
+from parlay.drafters.exit_part import ExitPart, ExitShape, load_exit, read_shape, save_exit
+from parlay.engine.checkpoint import fetch_folder
 from parlay.engine.model import LoadedModel
 from parlay.engine.segments import SegmentedModel
 from parlay.train.chains import accepted_chains
@@ -66,6 +67,8 @@ class ExitObjective:
 
 def taps(order: Order, layers: int) -> tuple[int, ...]:
     """The layer, of so many, that is left after."""
+    if order.start:
+        return (read_shape(fetch_folder(order.start)).exit,)
     exit = default_exit(layers) if order.exit is None else order.exit
     if not 0 < exit < layers:
         raise ValueError(f"exit: must be from 1 to {layers - 1} layers, not {exit}")
@@ -79,5 +82,8 @@ def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> ExitO
     hidden = int(target.model.get_input_embeddings().weight.shape[1])
     inner = order.intermediate or int(getattr(target.config, "intermediate_size", None) or 4 * hidden)
     (exit,) = taps(order, layers)
-    part = ExitPart(ExitShape(exit, layers, hidden, inner))
+    if order.start:
+        part = load_exit(fetch_folder(order.start), target).to(target.device)
+    else:
+        part = ExitPart(ExitShape(exit, layers, hidden, inner))
     return ExitObjective(part, target, order.model, order.divergence)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from parlay.engine.model import fastest_dtype
 from parlay.train.dataset import Batch, Dataset, batches, count_batches
 from parlay.train.recording import Recorded
 
@@ -109,6 +110,7 @@ class Training:
         folder: Where checkpoints are kept.
         show: Told how far it is, from 0 to 1, and how it goes.
         rewrite: What a step learns from in place of its batch; follows from that, the step's number and the weights.
+            None for the batch itself.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class Training:
         order: Mapping[str, object],
         folder: Path,
         show: Callable[[float, str], None],
-        rewrite: Callable[[Batch, int], Batch],
+        rewrite: Callable[[Batch, int], Batch] | None,
     ) -> None:
         self._objective, self._data, self._schedule, self._show = objective, data, schedule, show
         self._rewrite = rewrite
@@ -128,6 +130,7 @@ class Training:
         self._files = list(files)
         self._order_of = json.loads(json.dumps(dict(order)))
         parameters = [weight for weight in objective.module.parameters() if weight.requires_grad]
+        self._device = parameters[0].device
         self._optimizer = torch.optim.AdamW(
             parameters, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -160,7 +163,8 @@ class Training:
                 progress = max(done.step / steps, done.seconds / self._schedule.seconds)
                 if is_over := progress >= 1:
                     break
-                batch = self._rewrite(batch, number)
+                batch = batch.to(self._device)
+                batch = self._rewrite(batch, number) if self._rewrite else batch
                 loss, first = self._step(batch, progress)
                 done.step, done.tokens = number, done.tokens + batch.count
                 loss_seen = loss if math.isnan(loss_seen) else 0.95 * loss_seen + 0.05 * loss
@@ -193,7 +197,10 @@ class Training:
         rate = max(FLOOR, 0.5 * (1 + math.cos(math.pi * progress))) * min(1.0, (self._state.step + 1) / WARM_UP)
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.rate * rate
-        loss, first = self._objective.loss(batch, progress)
+        # Products may be rounded where that is faster; weights, sums and softmaxes stay in float32.
+        half = fastest_dtype(self._device) is torch.bfloat16
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            loss, first = self._objective.loss(batch, progress)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._objective.module.parameters(), CLIP)
@@ -204,7 +211,7 @@ class Training:
         """Counts what would be accepted of the held-out greedy answers."""
         accepted, chains = torch.zeros(DEPTH), 0
         for batch in batches(self._read(self._data.held_out), self._schedule.batch, None):
-            some, count = self._objective.accepted(batch, DEPTH)
+            some, count = self._objective.accepted(batch.to(self._device), DEPTH)
             accepted += some
             chains += count
         shares = tuple((accepted / max(1, chains)).tolist())
@@ -250,7 +257,7 @@ class Training:
                 weight.copy_(tensors[f"weight {name}"])
                 if f"step {name}" in tensors:  # not before the first step
                     keys = ("step", "exp_avg", "exp_avg_sq")
-                    self._optimizer.state[weight] = {key: tensors[f"{key} {name}"] for key in keys}
+                    self._optimizer.state[weight] = {key: tensors[f"{key} {name}"].to(weight.device) for key in keys}
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:

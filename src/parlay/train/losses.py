@@ -115,18 +115,22 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: Targets, rule: Rule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        total = hidden.new_zeros(())
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        near, factor = hidden.to(dtype), weight.to(dtype)
+        to_hidden, to_weight = torch.empty_like(near), torch.zeros_like(weight)
+        total = weight.new_zeros(())
         agreed = []
         for at in range(0, len(hidden), CHUNK):
             part = slice(at, at + CHUNK)
-            some = hidden[part]
-            loss, gradient, agreement = _weighed(some @ weight.T, targets.part(part), rule)
+            some = near[part]
+            loss, gradient, agreement = _weighed((some @ factor.T).to(weight.dtype), targets.part(part), rule)
             total += loss
             agreed.append(agreement)
-            to_hidden[part] = gradient @ weight
-            to_weight.addmm_(gradient.T, some)
-        ctx.save_for_backward(to_hidden, to_weight)
+            gradient = gradient.to(dtype)
+            to_hidden[part] = gradient @ factor
+            to_weight += gradient.T @ some
+        ctx.save_for_backward(to_hidden.to(hidden.dtype), to_weight)
         agreement = torch.cat(agreed) if agreed else hidden.new_zeros(0)
         ctx.mark_non_differentiable(agreement)
         return total, agreement
@@ -161,10 +165,11 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: Targets, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
         to_logits = torch.empty_like(logits)
-        total, agreed = logits.new_zeros(()), []
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total, agreed = logits.new_zeros((), dtype=wide), []
         for at in range(0, len(logits), CHUNK):
             part = slice(at, at + CHUNK)
-            loss, to_logits[part], agreement = _weighed(logits[part], targets.part(part), rule)
+            loss, to_logits[part], agreement = _weighed(logits[part].to(wide), targets.part(part), rule)
             total += loss
             agreed.append(agreement)
         ctx.save_for_backward(to_logits)

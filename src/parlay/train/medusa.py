@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
-from parlay.drafters.medusa_files import save_heads
+from parlay.drafters.medusa_files import load_heads, save_heads
 from parlay.drafters.medusa_heads import MedusaHeads, MedusaShape
 from parlay.engine.model import LoadedModel
 from parlay.train.chains import accepted_chains
@@ -80,7 +80,10 @@ def taps(order: Order, layers: int) -> tuple[int, ...]:
 
 def begin(order: Order, target: LoadedModel, texts: Iterable[Recorded]) -> MedusaObjective:
     """Heads to train, and how."""
-    heads = new_heads(target.model.get_output_embeddings().weight, texts, order.heads, order.vocab)
+    if order.start:
+        heads = load_heads(order.start, target).to(target.device)
+    else:
+        heads = new_heads(target.model.get_output_embeddings().weight, texts, order.heads, order.vocab)
     return MedusaObjective(heads, target.config.vocab_size, len(target.shapes), order.divergence, order.model)
 
 

@@ -21,6 +21,7 @@ class Order:
         model: The target: a built-in name, a Hugging Face id, a local folder or a .gguf file.
         out: The folder that the drafter is written to; what it takes to go on is kept in `training` below.
         data: The folder of recorded conversations; it can be shared between orders.
+        start: A drafter of this kind to go on from, a folder or a Hugging Face id; None to begin anew.
         prompts: Users' turns to answer; none to have the target make them up.
         tokens: To record.
         disk: Bytes that they may take.
@@ -39,6 +40,7 @@ class Order:
         divergence: From the target's distribution.
         int8: Write matrices in int8, else in float16; a `draft_model` in bfloat16, else in float16.
         seed: Decides what is random, but for what recording samples: that also hangs on which rows run together.
+        device: What to run on; see `EngineConfig`.
         compile: Whether to compile the target's layers for recording; see `EngineConfig`.
     """
 
@@ -46,6 +48,7 @@ class Order:
     model: str
     out: Path
     data: Path
+    start: str | None = None
     prompts: tuple[str, ...] = ()
     tokens: int = 400_000
     disk: int = 8 << 30
@@ -64,4 +67,5 @@ class Order:
     divergence: Divergence = "forward_kl"
     int8: bool = True
     seed: int = 0
+    device: str = "auto"
     compile: Compile = "background"

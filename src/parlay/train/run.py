@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,19 +39,21 @@ class Maker:
     Attributes:
         taps: The layers, of so many, whose states it reads.
         begin: What is trained, for a target, with texts whose tokens may be counted.
-        writes: Whether it is a language model by itself, which can write texts to learn from.
+        sizes: Fields of an order that say how large it is; a drafter that is gone on from has its own.
+        options: Other fields that are only for some kinds.
     """
 
     taps: Callable[[Order, int], tuple[int, ...]]
     begin: Callable[[Order, LoadedModel, Iterable[Recorded]], Objective]
-    writes: bool = False
+    sizes: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
 
 MAKERS: dict[Kind, Maker] = {
-    "eagle": Maker(eagle.taps, eagle.begin),
-    "medusa": Maker(medusa.taps, medusa.begin),
-    "self": Maker(early_exit.taps, early_exit.begin),
-    "draft_model": Maker(draft_model.taps, draft_model.begin, writes=True),
+    "eagle": Maker(eagle.taps, eagle.begin, ("vocab", "intermediate", "taps"), ("turns",)),
+    "medusa": Maker(medusa.taps, medusa.begin, ("vocab", "heads")),
+    "self": Maker(early_exit.taps, early_exit.begin, ("intermediate", "exit")),
+    "draft_model": Maker(draft_model.taps, draft_model.begin, ("layers",), ("on_policy",)),
 }
 
 
@@ -105,9 +107,8 @@ def train(order: Order) -> Card:
         ValueError: naming what does not fit together.
     """
     began = time.monotonic()
-    if order.on_policy and not MAKERS[order.kind].writes:
-        raise ValueError(f"on_policy: a drafter of kind {order.kind} writes no texts by itself; leave --on-policy out")
-    target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device="cpu"))
+    _check(order)
+    target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device=order.device))
     taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
     if not all(0 <= tap <= len(target.shapes) for tap in order.taps):
@@ -120,9 +121,10 @@ def train(order: Order) -> Card:
         if read_about(order.out / WORK) is None and not data.has(order.tokens):
             _fill(order, data, began, lambda count: bar.advance(recording, count))
         bar.update(recording, completed=order.tokens)
-        evaluations, parameters = _train(
-            order, began, target, data, lambda done, what: bar.update(training, completed=done, description=what)
-        )
+        with target.device:
+            evaluations, parameters = _train(
+                order, began, target, data, lambda done, what: bar.update(training, completed=done, description=what)
+            )
         bar.update(training, completed=1.0)
     card = Card(
         kind=order.kind,
@@ -141,6 +143,21 @@ def train(order: Order) -> Card:
     return card
 
 
+def _check(order: Order) -> None:
+    """Refuses what would be ignored."""
+    maker = MAKERS[order.kind]
+    some = {name for one in MAKERS.values() for name in (*one.sizes, *one.options)}
+    given = {
+        field.name for field in fields(order) if field.name in some and getattr(order, field.name) != field.default
+    }
+    for name in sorted(given):
+        option = f"--{name.replace('_', '-')}"
+        if name not in (*maker.sizes, *maker.options):
+            raise ValueError(f"{name}: means nothing for a drafter of kind {order.kind}; leave {option} out")
+        if order.start and name in maker.sizes:
+            raise ValueError(f"{name}: is that of the drafter that --start names; leave {option} out")
+
+
 def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], None]) -> None:
     config = EngineConfig(
         order.model,
@@ -148,6 +165,7 @@ def _fill(order: Order, data: Dataset, began: float, advance: Callable[[int], No
         speculation=None,
         max_num_seqs=RECORDING,
         seed=order.seed + len(data.files),
+        device=order.device,
         compile=order.compile,
     )
     engine = recording_engine(config, data.recipe.taps)
@@ -171,7 +189,7 @@ def _train(
     trained = about["state"]["seconds"] if about else 0.0
     left = max(1e-9, 60 * order.minutes - (time.monotonic() - began))
     schedule = Schedule(order.epochs, order.batch, order.rate, trained + left, order.seed)
-    rewrite = OnPolicy(objective.module, target, order.on_policy, order.seed)
+    rewrite = OnPolicy(objective.module, target, order.on_policy, order.seed) if order.on_policy else None
     evaluations = Training(objective, data, schedule, files, _identity(order), work, show, rewrite).run()
     objective.save(order.out, order.int8)
     return evaluations, sum(weight.numel() for weight in objective.module.parameters() if weight.requires_grad)
@@ -185,8 +203,9 @@ def _files(order: Order, data: Dataset) -> list[Path]:
 
 def _identity(order: Order) -> dict[str, object]:
     """What must be the same for a training to go on."""
-    free = ("prompts", "out", "data", "tokens", "disk", "minutes", "int8", "compile")
-    return {name: value for name, value in asdict(order).items() if name not in free}
+    maker = MAKERS[order.kind]
+    names = ("kind", "model", "start", "epochs", "batch", "rate", "divergence", "seed", *maker.sizes, *maker.options)
+    return {name: getattr(order, name) for name in names}
 
 
 def _versions() -> dict[str, str]:

@@ -70,12 +70,12 @@ def turns(head: EagleHead, embedded: torch.Tensor, taps: torch.Tensor, count: in
     positions = torch.arange(length, device=embedded.device).repeat(texts)
     cos, sin = rotary(positions, head.shape, embedded.dtype)
     tokens = embedded.reshape(1, texts * length, -1)
-    feature = head.fuse(taps)
+    feature = head.fuse(taps).to(embedded.dtype)  # as it is added up, whatever type products are in
     outputs = []
     with forward_batch(TurnAttention(texts, length)):
         for _ in range(count):
             before = torch.nn.functional.pad(feature, (0, 0, 1, 0))[:, :-1]
             out = head.midlayer(before.reshape(1, texts * length, -1), tokens, cos, sin).view(texts, length, -1)
             outputs.append(out)
-            feature = head.feature(out)
+            feature = head.feature(out).to(embedded.dtype)
     return outputs

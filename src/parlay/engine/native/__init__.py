@@ -103,7 +103,9 @@ def _register_shapes() -> None:
     """Tells PyTorch's compiler the shapes of what the operators return."""
 
     @torch.library.register_fake("parlay::linear")
-    def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
+    def _linear(
+        x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, outputs: int
+    ) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], outputs)
 
     @torch.library.register_fake("parlay::attend")

@@ -15,32 +15,41 @@ using at::Tensor;
                      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
                          AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
+#define PARLAY_DISPATCH_WEIGHT(type, ...)                    \
+  AT_DISPATCH_SWITCH(type, "parlay",                         \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) AT_DISPATCH_CASE(at::kChar, __VA_ARGS__))
+
 // weight: [outputs, inputs] -> [panels, inputs, panel], in the order in which `linear` reads it.
 Tensor pack_weight(const Tensor& weight) {
   const Tensor whole = weight.contiguous();
   const int64_t outputs = whole.size(0), inputs = whole.size(1);
   Tensor packed = at::empty({(outputs + parlay::kPanel - 1) / parlay::kPanel, inputs, parlay::kPanel}, whole.options());
-  PARLAY_DISPATCH(whole.scalar_type(), [&] {
+  PARLAY_DISPATCH_WEIGHT(whole.scalar_type(), [&] {
+    TORCH_CHECK(inputs % parlay::Layout<scalar_t>::kInputs == 0, "int8 weights: inputs must come in pairs");
     parlay::pack(whole.const_data_ptr<scalar_t>(), outputs, inputs, packed.data_ptr<scalar_t>());
   });
   return packed;
 }
 
-// x: [..., inputs] -> [..., outputs].
-Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+// x: [..., inputs]; scale, of whole numbers' lines, and bias: [outputs] -> [..., outputs].
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
+              const std::optional<Tensor>& bias, int64_t outputs) {
   const int64_t inputs = packed.size(1);
   TORCH_CHECK(x.size(-1) == inputs && packed.size(2) == parlay::kPanel && packed.is_contiguous());
   TORCH_CHECK(outputs <= packed.size(0) * parlay::kPanel && (!bias || bias->numel() == outputs));
+  TORCH_CHECK(!scale || (scale->numel() == outputs && scale->scalar_type() == at::kFloat && scale->is_contiguous()));
   auto shape = x.sizes().vec();
   shape.back() = outputs;
   Tensor y = at::empty(shape, x.options());
   const Tensor wide = x.to(at::kFloat).contiguous();
   const Tensor wide_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const float* added = bias ? wide_bias.const_data_ptr<float>() : nullptr;
+  const parlay::After after{scale ? scale->const_data_ptr<float>() : nullptr,
+                            bias ? wide_bias.const_data_ptr<float>() : nullptr};
   using parlay::bfloat16;
   const auto run = [&](auto* to) {
-    PARLAY_DISPATCH(packed.scalar_type(), [&] {
-      parlay::linear(wide.const_data_ptr<float>(), wide.numel() / inputs, inputs, packed.const_data_ptr<scalar_t>(), added,
+    PARLAY_DISPATCH_WEIGHT(packed.scalar_type(), [&] {
+      parlay::linear(wide.const_data_ptr<float>(), wide.numel() / inputs, inputs, packed.const_data_ptr<scalar_t>(), after,
                      to, outputs);
     });
   };
@@ -107,7 +116,7 @@ Tensor truncate_lines(const Tensor& logits, const Tensor& temperature, const Ten
 
 TORCH_LIBRARY(parlay, library) {
   library.def("pack_weight(Tensor weight) -> Tensor");
-  library.def("linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  library.def("linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int outputs) -> Tensor");
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) pool, Tensor slots, Tensor pages, Tensor row, "
       "Tensor known, Tensor ancestors, float scale, int window, float softcap) -> Tensor");
