@@ -137,6 +137,7 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--kv-cache-memory", "1MiB", "--speculation", "prompt_lookup:[-1,-1,0]", "--parity", "strict"),
         *("--seed", "7", "--no-prefix-caching", "--no-self-check", "--device", "cpu", "--compile", "off"),
         *("--served-model-name", "other", "--max-queue-size", "5", "--max-body-size", "2kB", "--access-log"),
+        *("--policy", "fixed:2", "--calibrate", "full"),
     )
     assert answer.exit_code == 0, answer.output
     config = seen.pop("config")
@@ -164,6 +165,8 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         seed=7,
         self_check=False,
         compile="off",
+        policy="fixed:2",
+        calibrate="full",
     )
 
 

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from parlay import __version__
 from parlay.bench.commands import bench, demo, measure, profile
 from parlay.bench.policy_commands import plan, simulate
-from parlay.config import Compile, EngineConfig
+from parlay.config import Calibrate, Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
 from parlay.train.commands import train
 from parlay.types import RequestOutput, SamplingParams
@@ -117,11 +117,19 @@ def serve(
             rich_help_panel="Server",
         ),
     ] = "background",
+    calibrate: Annotated[
+        Calibrate,
+        typer.Option(
+            help="Measure what steps cost, once for a machine, a model and its drafters: quick (15 s at most), full "
+            "(60 s) or skip, which learns it on the way. Only where the policy asks.",
+            rich_help_panel="Speculation",
+        ),
+    ] = "quick",
 ) -> None:
     """Serve a model to OpenAI clients over HTTP."""
     from parlay.server.app import serve as run_server
 
-    config = dataclasses.replace(config, compile=compile)
+    config = dataclasses.replace(config, compile=compile, calibrate=calibrate)
     run_server(
         config,
         host=host,

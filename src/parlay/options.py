@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parlay.config import Calibrate, Dtype, EngineConfig, Parity, TreeSampling, parse_bet
+from parlay.config import Dtype, EngineConfig, Parity, TreeSampling, parse_bet
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -126,13 +126,6 @@ def engine_config(
             show_default=False,
         ),
     ] = None,
-    calibrate: Annotated[
-        Calibrate,
-        _speculation(
-            "Measure what steps cost where that was not done before and the policy asks: quick (15 s at most), full "
-            "(60 s) or skip.",
-        ),
-    ] = "quick",
     drafter: Annotated[
         list[str] | None,
         _speculation(
@@ -172,7 +165,6 @@ def engine_config(
         prefix_caching=prefix_caching,
         speculation=parse_bet(speculation),
         policy=policy,
-        calibrate=calibrate,
         drafters=parse_drafters(drafter or ()),
         tree_sampling=tree_sampling,
         parity=parity,

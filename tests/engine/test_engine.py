@@ -184,7 +184,7 @@ def test_bad_configurations_say_what_to_do(values: dict[str, Any], message: str)
 def test_forms_of_speculation() -> None:
     assert parse_bet("off") is None
     assert parse_bet("prompt_lookup:0") is None
-    assert parse_bet("auto") == Bet("prompt_lookup", Tree.chain(4))
+    assert parse_bet("auto") == "auto"
     assert parse_bet("prompt_lookup:7") == Bet("prompt_lookup", Tree.chain(7))
     assert parse_bet("prompt_lookup:[-1, -1, 0]") == Bet("prompt_lookup", Tree((-1, -1, 0)))
 

@@ -44,7 +44,7 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
     except ValueError as error:
         logger.warning("%s, so it is measured again", error)
     if how == "skip":
-        logger.warning("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
+        logger.info("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
         return GUESS
     logger.info("measuring what steps cost, once for this machine and model (at most %.0f s)", MOST_SECONDS[how])
     with Progress(console=Console(stderr=True), transient=True) as bar:
