@@ -64,9 +64,8 @@ def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in shape.taps]},
     }
     tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items() if name != "ids"}
-    tensors["d2t"] = head.ids.cpu() - torch.arange(
-        shape.vocab, device="cpu"
-    )  # as published heads have it: what to add to an index
+    # As published heads have it: what to add to an index.
+    tensors["d2t"] = head.ids.cpu() - torch.arange(shape.vocab, device="cpu")
     write_tensors(folder, tensors, int8)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

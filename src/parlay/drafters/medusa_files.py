@@ -70,9 +70,8 @@ def save_heads(heads: MedusaHeads, folder: Path, int8: bool, base: str = "") -> 
     tensors = {name: tensor.detach().cpu() for name, tensor in heads.heads.state_dict().items()}
     if heads.lm_head is not None:
         tensors[SHARED] = heads.lm_head.weight.detach().cpu()
-    tensors[OFFSETS] = heads.ids.cpu() - torch.arange(
-        shape.vocab, device="cpu"
-    )  # as EAGLE heads have it: what to add to an index
+    # As EAGLE heads have it: what to add to an index.
+    tensors[OFFSETS] = heads.ids.cpu() - torch.arange(shape.vocab, device="cpu")
     write_tensors(folder, tensors, int8)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
