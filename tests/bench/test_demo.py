@@ -76,6 +76,8 @@ def test_failed_start_shows_the_log() -> None:
 def test_environment_names_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/some/where/tool", "--dataset", "/data/set.jsonl", "--rows", "4"])
     assert environment.capture().command == "tool --dataset set.jsonl --rows 4"
+    monkeypatch.setattr("sys.argv", ["tool", "--drafter", "eagle=/somewhere/else/head", "self=7", "eagle:4"])
+    assert environment.capture().command == "tool --drafter eagle=head self=7 eagle:4"
 
 
 def test_environment_tells_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 
 from parlay.cli import app
 from parlay.config import EngineConfig
+from parlay.drafters.eagle_files import save_head
+from parlay.drafters.exit_part import save_exit
+from parlay.drafters.medusa_files import save_heads
 from parlay.engine.checkpoint import CheckpointError, resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import load_model
@@ -24,6 +27,7 @@ from parlay.train.order import Kind, Order
 from parlay.train.run import train
 from parlay.types import Bet, Request, SamplingParams, Tree
 from tests.architectures import make_model, plain_model
+from tests.drafting import tiny_exit, tiny_head, tiny_medusa
 from tests.tiny import make_tiny_llama
 
 KINDS: dict[Kind, dict[str, Any]] = {"self": {"exit": 1}, "draft_model": {"layers": 1}}
@@ -162,6 +166,29 @@ def test_what_cannot_be_trained_is_refused(folder: Path, data: Path, tmp_path: P
         with pytest.raises((ValueError, CheckpointError), match=message):
             train(Order(kind, str(folder), tmp_path, data / kind, **options))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_drafter_of_another_model_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    """That is said before anything is recorded."""
+    save_exit(tiny_exit(layers=9), tmp_path / "self", "other", int8=False)
+    save_head(tiny_head(taps=(1, 9)), tmp_path / "eagle", int8=False)
+    kinds: tuple[Kind, ...] = ("self", "eagle")
+    for kind in kinds:
+        start = str(tmp_path / kind)
+        with pytest.raises(ValueError, match=rf"start: {start} (is of a model of|reads layers)"):
+            train(Order(kind, str(folder), tmp_path / "out", tmp_path / "data", start))
+    assert not (tmp_path / "data").exists()
+
+
+def test_drafters_are_saved_whatever_the_device_of_training(tmp_path: Path) -> None:
+    head, heads = tiny_head(), tiny_medusa()
+    with torch.device("meta"):
+        save_head(head, tmp_path / "eagle", int8=True)
+        save_heads(heads, tmp_path / "medusa", int8=True)
+    assert (
+        load_file(tmp_path / "eagle" / "model.safetensors")["d2t"].tolist() == (head.ids - torch.arange(100)).tolist()
+    )
+    assert (tmp_path / "medusa" / "model.safetensors").exists()
 
 
 def test_the_command(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

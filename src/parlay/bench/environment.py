@@ -89,7 +89,10 @@ def _command() -> str:
 
 
 def portable(argument: str) -> str:
-    """The argument without the machine's own folders, where it is a path that has some."""
+    """The argument without the machine's own folders, where it is a path that has some, or NAME=PATH."""
+    name, given, value = argument.partition("=")
+    if given:
+        return f"{name}={portable(value)}"
     path = Path(argument)
     if ".." in path.parts:  # it says where the machine keeps what lies outside of the project
         return path.name

@@ -59,6 +59,8 @@ class DraftModel(LevelDrafter):
 
     def detach(self) -> None:
         """See `Drafter`. Its parts hold each other, so that weights would wait for a garbage collection."""
+        segments = self._model.segments
+        segments.use([None] * segments.num_layers)  # compiled layers hold weights of their own
         for part in self._loaded.model.modules():
             part._parameters.clear()
             part._buffers.clear()

@@ -64,7 +64,8 @@ def save_head(head: EagleHead, folder: Path, int8: bool) -> None:
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in shape.taps]},
     }
     tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items() if name != "ids"}
-    tensors["d2t"] = head.ids.cpu() - torch.arange(shape.vocab)  # as published heads have it: what to add to an index
+    # As published heads have it: what to add to an index.
+    tensors["d2t"] = head.ids.cpu() - torch.arange(shape.vocab, device="cpu")
     write_tensors(folder, tensors, int8)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -116,7 +117,10 @@ def read_taps(source: str, layers: int) -> tuple[int, ...]:
     Raises:
         CheckpointError: when its description cannot be had or read.
     """
-    return _taps(read_config(fetch_folder(source)), layers)
+    try:
+        return _taps(read_config(fetch_folder(source)), layers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {CONFIG} garbles the layers that the head reads ({error})") from error
 
 
 def _taps(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -132,5 +136,5 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 
 def _ids(tensors: Mapping[str, torch.Tensor], vocab: int) -> torch.Tensor:
-    offsets = tensors.get("d2t", torch.zeros(vocab, dtype=torch.long)).long()
-    return torch.arange(len(offsets)) + offsets
+    offsets = tensors.get("d2t", torch.zeros(vocab, dtype=torch.long, device="cpu")).long()
+    return torch.arange(len(offsets), device=offsets.device) + offsets

@@ -39,7 +39,7 @@ def load_heads(source: str, target: LoadedModel) -> MedusaHeads:
     heads = MedusaHeads(shape)
     shared = {name: tensors.pop(name).float() for name in (SHARED,) if shape.shared}
     load_weights(heads.heads, {name: tensor.float() for name, tensor in tensors.items()}, source)
-    ids = torch.arange(len(offsets)) + offsets
+    ids = torch.arange(len(offsets), device=offsets.device) + offsets
     if len(ids) != shape.vocab or int(ids.min()) < 0 or int(ids.max()) >= target.config.vocab_size:
         raise ValueError(f"drafter {source}: guesses tokens that the model does not have; take heads of this model")
     heads.ids = ids
@@ -70,7 +70,8 @@ def save_heads(heads: MedusaHeads, folder: Path, int8: bool, base: str = "") -> 
     tensors = {name: tensor.detach().cpu() for name, tensor in heads.heads.state_dict().items()}
     if heads.lm_head is not None:
         tensors[SHARED] = heads.lm_head.weight.detach().cpu()
-    tensors[OFFSETS] = heads.ids.cpu() - torch.arange(shape.vocab)  # as EAGLE heads have it: what to add to an index
+    # As EAGLE heads have it: what to add to an index.
+    tensors[OFFSETS] = heads.ids.cpu() - torch.arange(shape.vocab, device="cpu")
     write_tensors(folder, tensors, int8)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -2,8 +2,8 @@
 
 A chat model that is given the beginning of a user's turn goes on with what users write (Magpie, Xu et al. 2024,
 arXiv 2406.08464). Openings steer it to the kinds of tasks that speculation is measured on; most are a word or two.
-Such users write little. So some questions consist of a task and what was answered before, for it to be about: that is
-where answers come from the text in front of them.
+Such users write little. So some questions, once enough was answered, consist of a task and earlier answers for it to be
+about: that is where answers come from the text in front of them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Conversations:
         for text in chance.sample(self._material, chance.randint(1, 3)):
             question += (*text, *encode("\n\n", add_special_tokens=False))
         room = self._engine.max_model_len - len(self._before) - len(self._after) - ROOM
-        return (*self._before, *question[:room], *self._after)
+        return (*self._before, *question[: max(0, room)], *self._after)
 
     def _answer(self, name: str, prompt: tuple[int, ...]) -> None:
         chance = random.Random(f"answer {name}")

@@ -84,7 +84,12 @@ def taps(order: Order, layers: int) -> tuple[int, ...]:
 
 def _read(order: Order, layers: int) -> tuple[int, ...]:
     if order.start:
-        return read_taps(order.start, layers)
+        found = read_taps(order.start, layers)
+        if not all(0 <= tap <= layers for tap in found):
+            raise ValueError(
+                f"start: {order.start} reads layers {found}, and the model has {layers}; name a head of it"
+            )
+        return found
     return order.taps or tuple(dict.fromkeys((min(2, layers), layers // 2, layers - 1)))
 
 

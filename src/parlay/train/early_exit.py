@@ -68,7 +68,10 @@ class ExitObjective:
 def taps(order: Order, layers: int) -> tuple[int, ...]:
     """The layer, of so many, that is left after."""
     if order.start:
-        return (read_shape(fetch_folder(order.start)).exit,)
+        shape = read_shape(fetch_folder(order.start))
+        if shape.layers != layers:
+            raise ValueError(f"start: {order.start} is of a model of {shape.layers} layers, and this one has {layers}")
+        return (shape.exit,)
     exit = default_exit(layers) if order.exit is None else order.exit
     if not 0 < exit < layers:
         raise ValueError(f"exit: must be from 1 to {layers - 1} layers, not {exit}")

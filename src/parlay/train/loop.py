@@ -243,8 +243,7 @@ class Training:
         about = read_about(self._checkpoint.parent)
         if about is None:
             return
-        if about["order"] != self._order_of:
-            changed = sorted(name for name, value in self._order_of.items() if about["order"].get(name) != value)
+        if changed := sorted(name for name, value in self._order_of.items() if about["order"].get(name) != value):
             raise ValueError(
                 f"out: {self._checkpoint.parent.parent} holds what was trained with another {', '.join(changed)}; name "
                 "another folder"
