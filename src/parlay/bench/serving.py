@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,8 +86,11 @@ class _Run:
 
     async def send(self, target: Target, wish: Wish) -> Traffic:
         """The run, from the start until nothing is in flight."""
+        task = asyncio.current_task()
+        assert task is not None
         async with connect(self._concurrency) as client:
             requests = [prepare(client, target, wish, planned.prompt) for planned in self._plan]
+            _cancel_at_interrupt(task)
             began = time.perf_counter()
             try:
                 async with asyncio.TaskGroup() as group:
@@ -94,9 +99,7 @@ class _Run:
                         await asyncio.sleep(max(0.0, due - time.perf_counter()))
                         await self._gate.acquire()
                         group.create_task(self._ask(client, request, number, due))
-            except asyncio.CancelledError:  # by asyncio's handler of SIGINT; the group has cancelled its tasks
-                task = asyncio.current_task()
-                assert task is not None
+            except asyncio.CancelledError:  # by SIGINT; the group has cancelled its tasks
                 task.uncancel()
         outcomes = tuple(outcome for outcome in self._outcomes if outcome is not None)
         return Traffic(began, outcomes, len(self._plan) - len(outcomes))
@@ -108,3 +111,19 @@ class _Run:
             self._gate.release()
         self._outcomes[number] = Outcome(self._plan[number].prompt, due, reply)
         self._done()
+
+
+def _cancel_at_interrupt(task: asyncio.Task[Traffic]) -> None:
+    """Lets the first SIGINT cancel the task; the next one is Python's own.
+
+    The handler of `asyncio.run` does not wake a loop that was about to wait when the signal came, so a run whose server
+    keeps silent would go on; a handler of the loop does.
+    """
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+
+    if threading.current_thread() is threading.main_thread():  # others hear no signals
+        loop.add_signal_handler(signal.SIGINT, interrupt)
