@@ -24,11 +24,12 @@ from parlay.bench import environment, report
 from parlay.bench.replay import Replayed, Text, generate, replay
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import load_prompts
+from parlay.bets import Tree
 from parlay.drafters.base import ShownGuesses
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.drafters.suffix import Suffix
 from parlay.policy.trees import by_level
-from parlay.types import Offer, Row, Tree
+from parlay.types import Offer, Row
 
 RECENT, STEP, MOST, SUCCESSORS = 16, 0.04, 3.0, 12  # ADED's constants: how it adapts, and what it looks at
 DEPTH, ROUNDS, C1, C2 = 4, 150, 32.0, 8.0  # and how it searches

@@ -17,7 +17,7 @@ from parlay.bench import environment, report
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, progress, table
 from parlay.bench.workloads import Prompt, encode, load_prompts
-from parlay.config import parse_bet
+from parlay.bets import parse_bet
 from parlay.engine.engine import Engine
 from parlay.types import SamplingParams, SpeculationStats
 

@@ -22,7 +22,7 @@ from parlay.bench import environment, report
 from parlay.bench.figures import check_name, legend_below, new_figure, save, title
 from parlay.bench.report import Advance, Spread, progress, table
 from parlay.bench.workloads import Prompt, by_category, encode, load_prompts, take_turns
-from parlay.config import parse_bet
+from parlay.bets import parse_bet
 from parlay.drafters.base import ShownGuesses
 from parlay.engine.engine import Engine
 from parlay.policy.trees import Floats

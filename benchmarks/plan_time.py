@@ -17,6 +17,7 @@ import numpy as np
 
 from parlay.bench import environment, report
 from parlay.bench.report import progress
+from parlay.bets import Tree
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.goodput import Goodput
 from parlay.policy.outcomes import Outcomes
@@ -24,7 +25,7 @@ from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.server import SimulatedRow
 from parlay.policy.trees import by_level, subtree
 from parlay.policy.workload import Kind
-from parlay.types import Offer, RowResult, StepResult, Tree
+from parlay.types import Offer, RowResult, StepResult
 
 BAR = 1.0  # milliseconds, for 64 rows
 ACCEPTANCE = {

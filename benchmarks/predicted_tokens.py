@@ -36,9 +36,10 @@ from parlay.bench import environment, report
 from parlay.bench.measuring import Counts
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import Prompt, by_category, encode, load_prompts
+from parlay.bets import Tree
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.trees import Floats, expected_emitted
-from parlay.types import SamplingParams, Tree
+from parlay.types import SamplingParams
 
 BAR = 0.05
 

@@ -30,7 +30,8 @@ from parlay.bench.report import Spread, progress, table
 from parlay.bench.serving import Planned
 from parlay.bench.summary import request_results, summarise
 from parlay.bench.workloads import Prompt, encode
-from parlay.config import Compile, Dtype, parse_bet
+from parlay.bets import parse_bet
+from parlay.config import Compile, Dtype
 
 BAR = 0.9  # of the engine's own throughput is what the server must reach
 

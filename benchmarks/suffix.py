@@ -17,11 +17,12 @@ from parlay.bench import environment, report
 from parlay.bench.replay import Replayed, Text, generate, replay
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import load_prompts
+from parlay.bets import Tree
 from parlay.drafters.base import Drafter
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.drafters.suffix import Suffix
 from parlay.policy.trees import by_level
-from parlay.types import Offer, Row, Tree
+from parlay.types import Offer, Row
 
 CHAIN, LONG, TREE = Tree.chain(4), Tree.chain(12), by_level([3, 2, 2, 1, 1, 1, 1, 1])
 SETTINGS: dict[str, Callable[[], Drafter]] = {

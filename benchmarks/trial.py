@@ -16,13 +16,14 @@ from parlay.bench.measuring import Counting, Counts, comb
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, progress
 from parlay.bench.workloads import Prompt, encode
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.options import parse_drafter
 from parlay.policy.base import Policy, PolicyRow
 from parlay.policy.fixed import Fixed
 from parlay.policy.trees import Floats, child_ranks
-from parlay.types import Bet, Offer, SamplingParams, StepPlan, StepResult, Tree
+from parlay.types import Offer, SamplingParams, StepPlan, StepResult
 
 RESAMPLES = 1000
 FEWEST = 5  # prompts from which resampling tells anything

@@ -37,10 +37,11 @@ from parlay.bench.figures import check_name, legend_below, new_figure, save, tit
 from parlay.bench.measuring import Counts
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import encode, load_prompts
+from parlay.bets import Tree
 from parlay.config import TreeSampling
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.trees import Floats, expected_emitted, kary
-from parlay.types import SamplingParams, Tree
+from parlay.types import SamplingParams
 
 SAMPLINGS: tuple[TreeSampling, ...] = get_args(TreeSampling)
 BRANCHED = "[-1,-1,-1,-1,0,0,0,1,4,4,5,8]"  # four, three, two, one below the first nodes

@@ -21,12 +21,13 @@ from transformers import DynamicCache
 
 from parlay.bench import environment, report
 from parlay.bench.report import Spread, progress, table
+from parlay.bets import Tree
 from parlay.config import EngineConfig
 from parlay.engine.batch import Draft
 from parlay.engine.checkpoint import load, resolve
 from parlay.engine.compiled import LayerProgram
 from parlay.engine.engine import Engine
-from parlay.types import Request, Row, SamplingParams, Tree
+from parlay.types import Request, Row, SamplingParams
 
 BARS = {1: 2.4, 8: 2.4, 16: 2.0, 32: 1.7}  # times as fast as transformers, by new tokens
 OURS = "parlay"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.eagle_files import save_head
 from parlay.drafters.eagle_head import EagleHead, HeadShape
@@ -15,7 +16,6 @@ from parlay.drafters.medusa_files import save_heads
 from parlay.drafters.medusa_heads import MedusaHeads, MedusaShape
 from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
-from parlay.types import Bet, Tree
 from tests.architectures import make_model
 from tests.tiny import VOCAB_SIZE
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import draw_without_replacement
-from parlay.types import Bet, Offer, Row, StepPlan, StepResult, Tree
+from parlay.policy.base import PolicyRow
+from parlay.types import Offer, Row, StepPlan, StepResult
 
 
 def random_tree(rng: random.Random, size: int) -> Tree:
@@ -25,7 +27,7 @@ class RandomPolicy:
         self._methods = methods
         self._largest = largest
 
-    def plan(self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         bets: list[Bet | None] = []
         for row in rows:
             tree = random_tree(self._rng, self._rng.randint(0, self._largest)).trim(budget, row.max_depth)
@@ -34,7 +36,7 @@ class RandomPolicy:
             bets.append(bet if tree else None)
         return StepPlan(tuple(bets))
 
-    def observe(self, rows: Sequence[Row], result: StepResult) -> None:
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass
 
 

@@ -16,10 +16,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 import parlay
+from parlay.bets import Bet, Tree, parse_bet
 from parlay.cli import app
-from parlay.config import EngineConfig, parse_bet
+from parlay.config import EngineConfig
 from parlay.options import parse_bytes
-from parlay.types import Bet, CompletionOutput, RequestOutput, SamplingParams, SpeculationStats, Tree
+from parlay.types import CompletionOutput, RequestOutput, SamplingParams, SpeculationStats
 
 
 def run(*arguments: str, stdin: str = "") -> Result:
@@ -45,7 +46,7 @@ class FakeLLM:
     def _answer(self, verb: str, prompts: list[Any], params: SamplingParams) -> list[RequestOutput]:
         FakeLLM.calls.append((verb, prompts, params))
         stats = SpeculationStats(steps=2, drafted=4, accepted=2)
-        choice = CompletionOutput(0, "fine", (1, 2, 3, 4), "stop", None, (), stats)
+        choice = CompletionOutput(0, "fine", (1, 2, 3, 4), "stop", None, (), stats, {"suffix": stats})
         return [RequestOutput(str(number), None, (9,), (choice,)) for number, _ in enumerate(prompts)]
 
 

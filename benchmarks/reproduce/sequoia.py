@@ -16,9 +16,9 @@ from common import IMAGES, keep
 from parlay.bench import environment
 from parlay.bench.figures import draw_tree, new_figure, save, title
 from parlay.bench.report import console, table
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.sequoia import OptimalTrees
-from parlay.types import Tree
 
 VECTOR = np.array([
     0.7732, 0.1039, 0.0402, 0.0206, 0.0128, 0.0081, 0.0064, 0.0043, 0.0035, 0.0026, 0.0025, 0.0021, 0.0016, 0.0014,

@@ -3,75 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import heapq
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from parlay.types import Bet, Tree
+from parlay.bets import Auto, Bet, parse_bet
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
 Compile = Literal["background", "wait", "cached", "off"]
 Calibrate = Literal["quick", "full", "skip"]
-Auto = Literal["auto"]
 TreeSampling = Literal["sequoia", "specinfer", "topk"]
-
-
-def parse_bet(text: str) -> Bet | Auto | None:
-    """Reads the command-line form of what to bet.
-
-    It is `off`, `auto` (every drafter there is, as the policy decides), `METHOD` (a chain of 4), `METHOD:DEPTH` (a
-    chain), `METHOD:SIZExDEPTH` (a tree that grows where its guesses are likely) or `METHOD:[-1,0,0,...]` (the parents
-    of a tree, -1 being the last known token).
-
-    Raises:
-        ValueError: with the accepted forms, when `text` is none of them.
-    """
-    if text == "off":
-        return None
-    if text == "auto":
-        return "auto"
-    shapes = r"(?P<size>\d{1,3})x(?P<levels>\d{1,2})|(?P<depth>\d{1,3})|(?P<parents>\[[-\d,\s]*\])"
-    form = re.fullmatch(rf"(?P<method>\w+)(:({shapes}))?", text)
-    try:
-        if form is None:
-            raise ValueError("it is none of these")
-        if form["parents"] is not None:
-            tree = Tree(tuple(json.loads(form["parents"])))
-        elif form["size"] is not None:
-            tree = likely_tree(int(form["size"]), int(form["levels"]))
-        else:
-            tree = Tree.chain(int(form["depth"] or 4))
-    except ValueError as error:
-        raise ValueError(
-            f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH, METHOD:SIZExDEPTH or METHOD:[parents of a "
-            f"tree] ({error})"
-        ) from error
-    return Bet(form["method"], tree, free=form["size"] is not None) if tree else None
-
-
-def likely_tree(size: int, depth: int) -> Tree:
-    """The tree of this size with most accepted guesses, where a first child is accepted in 6 of 10 cases, and each
-    further one a quarter as often.
-
-    Raises:
-        ValueError: when there is no room for a tree as deep.
-    """
-    if not 0 < depth <= size:
-        raise ValueError(f"a tree of {size} guesses cannot have {depth} levels")
-    parents: list[int] = []
-    # Survival, then what to add: the next child of this node, at this level.
-    waiting = [(-0.6, 0, -1, 1)]
-    for node in range(size):
-        chance, _, parent, level = heapq.heappop(waiting)
-        parents.append(parent)
-        heapq.heappush(waiting, (chance / 4, 2 * node + 1, parent, level))
-        if level < depth:
-            heapq.heappush(waiting, (0.6 * chance, 2 * node + 2, node, level + 1))
-    return Tree(tuple(parents))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from parlay.config import Dtype, EngineConfig, Parity, TreeSampling, parse_bet
+from parlay.bets import parse_bet
+from parlay.config import Dtype, EngineConfig, Parity, TreeSampling
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"

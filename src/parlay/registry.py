@@ -1,7 +1,8 @@
 """Names for parts that can be exchanged, imported only when used. Third parties add entry points.
 
-A package offers a drafter by an entry point in the group `parlay.drafters` (or `parlay.policies`), named as users will
-write it and pointing at a class (see `parlay.drafters.base.Drafter`).
+A package offers a drafter by an entry point in the group `parlay.drafters`, named as users will write it and pointing
+at a class (see `parlay.drafters.base.Drafter`), and a policy by one in the group `parlay.policies` that points at what
+makes it (see `parlay.policy.named.named`).
 """
 
 from __future__ import annotations
@@ -68,4 +69,6 @@ drafters = Registry(
         "suffix": "parlay.drafters.suffix:Suffix",
     },
 )
-policies = Registry("policies", {"off": "parlay.policy.fixed:Off", "fixed": "parlay.policy.fixed:Fixed"})
+policies = Registry(
+    "policies", {name: f"parlay.policy.named:{name}" for name in ("off", "fixed", "synergy", "smartspec", "goodput")}
+)

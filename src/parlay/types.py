@@ -10,8 +10,9 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
+
+from parlay.bets import Bet, Tree, parse_bet
 
 Speculation = Literal["off", "auto", "max"]
 Verification = Literal["greedy", "optimal", "coupled"]
@@ -34,6 +35,16 @@ class InvalidRequest(ValueError):
 def _require(ok: bool, param: str, remedy: str) -> None:
     if not ok:
         raise InvalidRequest(f"{param}: {remedy}", param)
+
+
+def _read_bet(text: str) -> Bet:
+    try:
+        bet = parse_bet(text)
+    except ValueError as error:
+        raise InvalidRequest(f'speculation: must be "off", "auto", "max" or a bet; {error}', "speculation") from None
+    if not isinstance(bet, Bet):
+        raise InvalidRequest(f'speculation: {text!r} bets on no guess; write "off" for that', "speculation")
+    return bet
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,10 @@ class SamplingParams:
         logprobs: Return the chosen token's log-probability and this many alternatives (of the model's raw logits).
         prompt_logprobs: The same for prompt tokens; such a request takes no prefix hit.
         speculation: "off" never guesses for this request, "auto" lets the policy decide, "max" asks for the
-            lowest latency of this request.
+            lowest latency of this request, whatever it costs others. A bet, or a text that `parlay.bets.parse_bet`
+            reads, such as "eagle:3", is made in every step as far as the drafter can, whatever the policy.
+        target_tpot_ms: Milliseconds per output token that this request wants to stay under; the goodput policy serves
+            those first that would not.
         verification: Force a lossless verification mode; None picks greedy at temperature 0, coupled with a seed,
             optimal otherwise.
         skip_special_tokens: Leave special tokens out of the text.
@@ -82,7 +96,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    speculation: Speculation = "auto"
+    speculation: Speculation | Bet = "auto"
+    target_tpot_ms: float | None = None
     verification: Literal["optimal", "coupled"] | None = None
     skip_special_tokens: bool = True
 
@@ -117,7 +132,10 @@ class SamplingParams:
         _require(
             self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
         )
-        _require(self.speculation in ("off", "auto", "max"), "speculation", 'must be "off", "auto" or "max"')
+        if isinstance(self.speculation, str) and self.speculation not in get_args(Speculation):
+            object.__setattr__(self, "speculation", _read_bet(self.speculation))
+        wanted = self.target_tpot_ms
+        _require(wanted is None or 0 < wanted < math.inf, "target_tpot_ms", "must be above 0")
         _require(
             self.verification in (None, "optimal", "coupled"), "verification", 'must be "optimal", "coupled" or None'
         )
@@ -143,61 +161,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """The shape of a row's guesses, without their values.
-
-    `parents[i]` is the parent of node i, and -1 stands for the row's last known token. Parents come before their
-    children, and siblings are tried in the order of their indices, which is the order in which they were drawn.
-    """
-
-    parents: tuple[int, ...]
-    depths: tuple[int, ...] = field(init=False, repr=False, compare=False)  # 1 for children of the root
-    depth: int = field(init=False, repr=False, compare=False)  # of the deepest guess; 0 without any
-    is_chain: bool = field(init=False, repr=False, compare=False)  # whether it is one path
-
-    def __post_init__(self) -> None:
-        depths: list[int] = []
-        for node, parent in enumerate(self.parents):
-            if not -1 <= parent < node:
-                raise ValueError(f"node {node} of a tree must come after its parent, got parent {parent}")
-            depths.append(1 if parent < 0 else depths[parent] + 1)
-        object.__setattr__(self, "depths", tuple(depths))
-        object.__setattr__(self, "depth", max(depths, default=0))
-        object.__setattr__(self, "is_chain", self.depth == len(depths))
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def chain(depth: int) -> Tree:
-        """The tree that is one path of `depth` guesses."""
-        return Tree(tuple(range(-1, depth - 1)))
-
-    def __len__(self) -> int:
-        return len(self.parents)
-
-    def children(self) -> dict[int, list[int]]:
-        """Children of every inner node (and of the root, -1) in draw order."""
-        found: dict[int, list[int]] = {}
-        for node, parent in enumerate(self.parents):
-            found.setdefault(parent, []).append(node)
-        return found
-
-    def trim(self, size: int, depth: int) -> Tree:
-        """At most the first `size` nodes, none deeper than `depth`; decided before any guess is drawn."""
-        if len(self) <= size and self.depth <= depth:
-            return self
-        if self.is_chain:
-            return Tree.chain(max(0, min(size, depth, len(self))))
-        renumbered = {-1: -1}
-        for node, parent in enumerate(self.parents):
-            if len(renumbered) <= size and self.depths[node] <= depth and parent in renumbered:
-                renumbered[node] = len(renumbered) - 1
-        return Tree(tuple(renumbered[self.parents[node]] for node in renumbered if node >= 0))
-
-
-NO_TREE = Tree(())
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One live request in one step: which known tokens run now, and how deep guesses may go after them."""
 
@@ -211,7 +174,6 @@ class Row:
     scored: int  # prompt positions whose log-probabilities were delivered in earlier steps
     max_depth: int  # 0 where nothing may be guessed in this step
     pages: list[int]  # KV pages of positions 0..; shared with the scheduler, read only
-    target_tpot: float | None = None  # seconds per output token that the row wants to stay under
 
     @property
     def samples(self) -> bool:
@@ -220,7 +182,20 @@ class Row:
 
     @property
     def speculation(self) -> Speculation:
-        return self.request.params.speculation
+        wish = self.request.params.speculation
+        return "auto" if isinstance(wish, Bet) else wish
+
+    @property
+    def own_bet(self) -> Bet | None:
+        """What the request wants to be bet, if it said so."""
+        wish = self.request.params.speculation
+        return wish if isinstance(wish, Bet) else None
+
+    @property
+    def target_tpot(self) -> float | None:
+        """Seconds per output token that the request wants to stay under, if it said so."""
+        wanted = self.request.params.target_tpot_ms
+        return None if wanted is None else wanted / 1000
 
     @property
     def prompt_reads(self) -> range:
@@ -248,21 +223,6 @@ class Offer:
     tokens: tuple[int, ...] | None = None
     confidence: tuple[float, ...] | None = None
     catch_up: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Bet:
-    """A drafter and a tree bound to a row before any guess is drawn; the tree is an upper bound.
-
-    Attributes:
-        method: The drafter's name.
-        tree: The shape of the guesses.
-        free: Where guesses are not sampled, the drafter may grow another tree of at most this size and depth.
-    """
-
-    method: str
-    tree: Tree
-    free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +326,10 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One finished choice."""
+    """One finished choice.
+
+    `stats` is of all its steps, and `methods` of those whose guesses each drafter made.
+    """
 
     index: int
     text: str
@@ -375,6 +338,7 @@ class CompletionOutput:
     stop_reason: str | int | None
     logprobs: tuple[TokenLogprobs, ...]
     stats: SpeculationStats
+    methods: Mapping[str, SpeculationStats]
 
 
 @dataclass(frozen=True, slots=True)

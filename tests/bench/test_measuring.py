@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from parlay.bench.measuring import Counts, comb
+from parlay.bets import Bet, Tree
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.policy.workload import read_kinds
-from parlay.types import Bet, Tree
 from tests.serving import MODEL, serving
 from tests.tiny import make_tiny_llama
 

@@ -6,10 +6,11 @@ import pytest
 
 from parlay.bench.offline import Run, drive
 from parlay.bench.replay import Replayed, replay
-from parlay.config import EngineConfig, parse_bet
+from parlay.bets import Tree, parse_bet
+from parlay.config import EngineConfig
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
-from parlay.types import SamplingParams, Speculation, Tree
+from parlay.types import SamplingParams, Speculation
 from tests.tiny import make_tiny_llama
 
 MAX_TOKENS = 60

@@ -17,10 +17,11 @@ from benchmarks.trial import Answer, Estimate, WholeTrees, acceptance, covering,
 from benchmarks.verification import read_tree
 from parlay.bench.measuring import Counting, Counts, comb
 from parlay.bench.workloads import Prompt
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.policy.trees import child_ranks, expected_emitted, kary, overlap
-from parlay.types import Bet, SamplingParams, Tree
+from parlay.types import SamplingParams
 from tests.tiny import make_tiny_llama
 
 SHORT = Answer(first=1.0, whole=1.0, first_tokens=1, tokens=(5,), steps=1)

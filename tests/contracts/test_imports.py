@@ -14,10 +14,16 @@ SOURCE = Path(__file__).parents[2] / "src"
 FILES = sorted((SOURCE / "parlay").rglob("*.py"))
 
 # A module may import its own layer and those before it; `leaves` import anything and nothing imports them.
-LAYERS = (("types", "config", "registry"), ("policy",), ("engine", "drafters"), ("server",), ("options", "cli", "demo"))
+LAYERS = (
+    ("bets", "types", "config", "registry"),
+    ("policy",),
+    ("engine", "drafters"),
+    ("server",),
+    ("options", "cli", "demo"),
+)
 LEAVES = ("integrations", "bench", "train")
 TALKS_TO_TRANSFORMERS = {f"parlay.engine.{name}" for name in ("model", "attention", "checkpoint", "products")}
-LIGHT = ("parlay", "parlay.types", "parlay.cli", "parlay.engine.scheduler", "parlay.engine.blocks")
+LIGHT = ("parlay", "parlay.bets", "parlay.types", "parlay.cli", "parlay.engine.scheduler", "parlay.engine.blocks")
 
 
 def module_name(path: Path) -> str:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.eagle_files import load_head, save_head
 from parlay.engine.checkpoint import CheckpointError, resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.types import Bet, Tree
 from tests.architectures import make_model
 from tests.drafting import tiny_head
 from tests.tiny import VOCAB_SIZE, make_tiny_llama

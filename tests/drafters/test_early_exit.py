@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.early_exit import EarlyExit
 from parlay.drafters.exit_part import load_exit, save_exit
@@ -18,7 +19,7 @@ from parlay.engine.batch import join, pack_row
 from parlay.engine.checkpoint import CheckpointError, resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.types import Bet, Request, SamplingParams, Tree
+from parlay.types import Request, SamplingParams
 from tests.architectures import make_model, plain_model
 from tests.drafting import engine_with, tiny_exit
 from tests.operators import needs_operators

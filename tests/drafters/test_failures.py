@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from parlay.bets import Tree
 from parlay.drafters.base import Drafters
 from parlay.drafters.draft_model import DraftModel
 from parlay.drafters.eagle import Eagle
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.server.metrics import Metrics
-from parlay.types import Request, SamplingParams, Tree
+from parlay.types import Request, SamplingParams
 from tests.architectures import make_model, prompts_of
 from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy

@@ -11,14 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from parlay.config import EngineConfig, likely_tree, parse_bet
+from parlay.bets import Bet, Tree, likely_tree, parse_bet
+from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.growing import BRANCH, WIDTH
 from parlay.drafters.levels import LEAST, LevelDrafter
 from parlay.engine.engine import Engine
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.trees import expected_emitted, kary
-from parlay.types import Bet, Request, SamplingParams, SpeculationStats, StepPlan, Tree
+from parlay.types import Request, SamplingParams, SpeculationStats, StepPlan
 from tests.architectures import make_model, plain_model, prompts_of
 from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy
@@ -241,7 +242,7 @@ def test_trees_by_size_and_depth() -> None:
     chances = np.array([0.6 / 4**child for child in range(8)])
     for size, depth in ((1, 1), (5, 2), (16, 6), (24, 8)):
         tree = parse_bet(f"eagle:{size}x{depth}")
-        assert tree is not None
+        assert isinstance(tree, Bet)
         assert tree.free
         assert (len(tree.tree), tree.tree.depth <= depth) == (size, True)
         best = OptimalTrees(chances, size, depth).tree(size, depth)

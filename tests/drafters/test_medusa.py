@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.medusa import Medusa
@@ -18,7 +19,7 @@ from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import load_model
 from parlay.policy.trees import kary
-from parlay.types import Bet, Request, SamplingParams, StepPlan, Tree
+from parlay.types import Request, SamplingParams, StepPlan
 from tests.architectures import make_model, plain_model, prompts_of
 from tests.drafting import engine_with, sources, tiny_medusa
 from tests.gamblers import RandomPolicy

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.medusa_files import load_heads, save_heads
 from parlay.engine.checkpoint import CheckpointError, resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, load_model
-from parlay.types import Bet, Request, SamplingParams, Tree
+from parlay.types import Request, SamplingParams
 from tests.architectures import make_model
 from tests.drafting import HIDDEN, tiny_medusa
 from tests.tiny import VOCAB_SIZE

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parlay.bets import Bet, Tree
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.policy.trees import overlap, subtree
-from parlay.types import Bet, Request, Row, SamplingParams, Tree
+from parlay.types import Request, Row, SamplingParams
 
 
 def row_of(tokens: list[int], max_depth: int = 99) -> Row:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parlay.bets import Bet, Tree
 from parlay.drafters.suffix import EDGE, GRAMS, OCCURRENCES, REACH, Occurrences, Suffix
 from parlay.policy.trees import kary, overlap, subtree
-from parlay.types import Bet, Offer, Request, Row, SamplingParams, Tree
+from parlay.types import Offer, Request, Row, SamplingParams
 
 
 def row_of(tokens: list[int], max_depth: int = 99, seq: int = 1, prompt: int | None = None) -> Row:

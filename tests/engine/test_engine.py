@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from parlay.config import EngineConfig, parse_bet
+from parlay.bets import Bet, Tree, parse_bet
+from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine.engine import Engine
 from parlay.engine.llm import LLM
-from parlay.types import Bet, Delta, EngineStatus, InvalidRequest, Request, SamplingParams, Tree
+from parlay.types import Delta, EngineStatus, InvalidRequest, Request, SamplingParams
 from tests.architectures import greedy, make_model, plain_model, prompts_of
 
 REPETITIVE = tuple([7, 8, 9, 10, 11] * 6)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from parlay.bets import Bet
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
-from parlay.types import Bet, InvalidRequest, Request, SamplingParams
+from parlay.types import InvalidRequest, Request, SamplingParams
 from tests.architectures import make_model, prompts_of
 from tests.drafting import method_of, sources
 from tests.gamblers import RandomPolicy, RandomSampler

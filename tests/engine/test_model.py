@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from parlay import registry
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.engine import self_check
@@ -17,7 +18,6 @@ from parlay.engine.attention import UnsupportedModel
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.model import TargetModel, load_model
-from parlay.types import Bet, Tree
 from tests.architectures import make_model
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 

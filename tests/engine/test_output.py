@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parlay.bets import NO_TREE
 from parlay.engine.output import OutputStream
 from parlay.engine.tokenizer import Tokenizer
-from parlay.types import NO_TREE, Delta, Request, RowResult, SamplingParams
+from parlay.types import Delta, Request, RowResult, SamplingParams
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = Tokenizer(tiny_tokenizer(), max_model_len=256)

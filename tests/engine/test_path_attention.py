@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parlay.bets import Tree
 from parlay.engine.attention import AttentionCall
 from parlay.engine.batch import Draft, ForwardBatch, pack
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import PathAttention, Paths
-from parlay.types import Request, Row, SamplingParams, Tree
+from parlay.types import Request, Row, SamplingParams
 from tests.operators import needs_operators
 
 pytestmark = needs_operators

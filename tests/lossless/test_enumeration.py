@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from parlay.bets import Tree
 from parlay.engine.accept import Acceptor, Scores
 from parlay.engine.batch import Draft
-from parlay.types import Request, Row, SamplingParams, Tree
+from parlay.types import Request, Row, SamplingParams
 from tests.lossless.explore import ExhaustiveDraws
 
 Law = Callable[[tuple[int, ...]], torch.Tensor]  # the next token's distribution after a path

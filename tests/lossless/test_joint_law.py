@@ -16,13 +16,14 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.eagle_files import save_head
 from parlay.drafters.exit_part import save_exit
 from parlay.drafters.medusa_files import save_heads
 from parlay.engine.engine import Engine
-from parlay.types import Bet, Request, SamplingParams, Tree
+from parlay.types import Request, SamplingParams
 from tests.architectures import plain_model
 from tests.drafting import method_of, tiny_exit, tiny_head, tiny_medusa
 from tests.gamblers import RandomPolicy, RandomSampler

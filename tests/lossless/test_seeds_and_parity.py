@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from parlay.bets import Tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.prompt_lookup import PromptLookup
 from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
 from parlay.policy.trees import kary
-from parlay.types import Request, SamplingParams, TokenLogprobs, Tree
+from parlay.types import Request, SamplingParams, TokenLogprobs
 from tests.architectures import make_model, prompts_of
 from tests.drafting import engine_with, method_of
 from tests.gamblers import RandomPolicy, RandomSampler

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parlay.bets import NO_TREE, Bet, Tree
 from parlay.policy.base import Policy, PolicyRow
 from parlay.policy.cost import Profile
-from parlay.types import NO_TREE, Bet, Offer, RowResult, Speculation, StepPlan, StepResult, Tree
+from parlay.types import Offer, RowResult, Speculation, StepPlan, StepResult
 
 
 @dataclass

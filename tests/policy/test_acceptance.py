@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.acceptance import (
     EVERY,
@@ -18,7 +19,6 @@ from parlay.policy.acceptance import (
     acceptance,
     once_tried,
 )
-from parlay.types import Tree
 from tests.policy.machine import walk
 
 

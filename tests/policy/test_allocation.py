@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.allocation import Allocation, Guesses, ManyTrees, best_rate, buy
 from parlay.policy.cost import DraftCost, VerifyCost
-from parlay.types import Tree
 
 Bet = tuple[int, int, tuple[int, ...]]  # method, place among its candidates, guesses
 STAIRS = VerifyCost((1, 4, 5, 8, 9, 12), (10.0, 10.0, 13.0, 13.0, 17.0, 17.0))

@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.base import Policy
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.fixed import Fixed, Off, Synergy
 from parlay.policy.smartspec import SmartSpec
-from parlay.types import Offer, Tree
+from parlay.types import Offer
 from tests.policy.machine import FakeRow, Machine, guesses, rows
 
 IDLE = VerifyCost((1, 16, 64, 256), (0.010, 0.011, 0.020, 0.080))

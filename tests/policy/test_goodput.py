@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.acceptance import RANKS, MethodAcceptance
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.goodput import Goodput
 from parlay.policy.offers import Drafter
-from parlay.types import Offer, StepPlan, Tree
+from parlay.types import Offer, StepPlan
 from tests.policy.machine import FakeRow, Machine, guesses, rows
 
 IDLE = VerifyCost((1, 16, 64, 256), (0.010, 0.011, 0.020, 0.080))  # the first guesses are nearly free, many are not

@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy.named import Situation, make, offered
 from parlay.policy.profiles import read_profile
 from parlay.policy.server import Server
 from parlay.policy.simulate import simulate
 from parlay.policy.trees import overlap
 from parlay.policy.workload import Kind, Phase, draw
-from parlay.types import Tree
 
 PROFILE = read_profile("h100-llama-8b")
 KINDS = (Kind("code", 1.0, {"eagle": np.array([0.85, 0.05])}), Kind("chat", 1.0, {"eagle": np.array([0.45, 0.1])}))
@@ -42,8 +42,7 @@ def test_an_offered_tree_holds_the_best_tree_and_a_deep_chain() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("of", "did you mean off"), ("fixed", "known|mean"), ("fixed:0", "known|mean"), ("fixed:99", "8 levels at most"),
-     ("off:1", "known|mean")],
+    [("of", "did you mean 'off'"), ("fixed:0", "from 1 to 8"), ("fixed:99", "from 1 to 8"), ("off:1", "leave it out")],
 )  # fmt: skip
 def test_unknown_policies_are_refused(name: str, message: str) -> None:
     work = draw([Phase(10, 1)], (np.array([8]), np.array([8])), KINDS, 0)

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
 from parlay.policy.planner import Planner, length_table, trtllm_schedule, vllm_bands
 from parlay.policy.profiles import BUILTIN, read_profile
 from parlay.policy.synergy import LengthTable
-from parlay.types import Tree
 
 PROFILE = Profile(
     "m", "m", "f", VerifyCost.linear(0.010, 0.0002, 0.00001, 1e-8),

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.sequoia import OptimalTrees, best_for_hardware
-from parlay.types import Tree
 
 # Acceptance of Llama3-8B for Llama3-70B on CNN/DailyMail (Sequoia, App. E).
 PAPER = np.array([

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy import trees
 from parlay.policy.base import Policy, PolicyRow
 from parlay.policy.cost import DraftCost, HostCost, Profile, VerifyCost
@@ -18,7 +19,7 @@ from parlay.policy.replica import Replica
 from parlay.policy.server import Server, Times
 from parlay.policy.simulate import Run, simulate
 from parlay.policy.workload import Kind, Phase, Recorded, Workload, draw
-from parlay.types import Offer, StepPlan, Tree
+from parlay.types import Offer, StepPlan
 
 PROFILE = Profile(
     "m", "m", "f", VerifyCost.linear(0.010, 0.0001), {"draft": DraftCost(per_level=0.001)}, HostCost(per_step=0.001)

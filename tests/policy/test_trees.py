@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from parlay.bets import Tree
 from parlay.policy import trees
-from parlay.types import Tree
 
 
 @st.composite

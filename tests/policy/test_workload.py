@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parlay.bets import Tree
 from parlay.policy.trees import expected_emitted
 from parlay.policy.workload import Kind, Phase, Recorded, Workload, arrivals, draw, mixture, read_kinds, read_trace
-from parlay.types import Tree
 
 LENGTHS = np.array([10, 20]), np.array([3, 4])
 

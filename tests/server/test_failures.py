@@ -159,7 +159,10 @@ def test_the_form_of_events(engine: StandIn, http: httpx.Client) -> None:
     assert events[-2:] == ["data: [DONE]", ""]
     assert '"usage":null' in events[0]
     assert '"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5' in events[-3]
-    assert '"speculation":{"steps":2,"drafted":6,"accepted":4}' in events[-3]
+    assert (
+        '"speculation":{"steps":2,"drafted":6,"accepted":4,"methods":{"parrot":{"steps":2,"drafted":6,"accepted":4}}}'
+        in events[-3]
+    )
 
 
 def test_logprobs_that_json_cannot_hold(engine: StandIn, client: openai.OpenAI) -> None:

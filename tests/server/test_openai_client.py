@@ -40,17 +40,27 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_usage_tells_what_speculation_did(client: openai.OpenAI) -> None:
-    def speculation(wish: str) -> dict[str, int]:
+    def speculation(wish: str) -> dict[str, Any]:
         body = {"ignore_eos": True, "speculation": wish, "logit_bias": {str(END): -100}}
         prompt = "the and " * 8
         answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, temperature=0, extra_body=body)
         assert answer.usage is not None
         return (answer.usage.model_extra or {})["speculation"]
 
-    assert speculation("off") == {"steps": 16, "drafted": 0, "accepted": 0}
-    bet = speculation("max")
-    assert bet["drafted"] > 0
-    assert bet["steps"] + bet["accepted"] == 16
+    assert speculation("off") == {"steps": 16, "drafted": 0, "accepted": 0, "methods": {}}
+    for wish in ("max", "suffix:2"):
+        bet = speculation(wish)
+        assert bet["drafted"] > 0
+        assert bet["steps"] + bet["accepted"] == 16
+        (method,) = bet["methods"].values()
+        assert 0 < method.pop("steps") <= bet["steps"]
+        assert method == {"drafted": bet["drafted"], "accepted": bet["accepted"]}
+        assert wish == "max" or bet["drafted"] <= 2 * bet["steps"]
+
+
+def test_a_bet_on_nobody_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"no drafter 'medusa' here: .* bet on suffix"):
+        client.completions.create(model=MODEL, prompt="x", extra_body={"speculation": "medusa:3"})
 
 
 @pytest.mark.parametrize("wish", ["off", "auto", "max"])

@@ -35,7 +35,8 @@ def test_the_four_forms_of_a_prompt(prompt: Any) -> None:
         ("stop", [1], "stop"),
         ("logit_bias", {"x": 1}, "logit_bias"),
         ("logit_bias", {"1": "much"}, "logit_bias"),
-        ("speculation", "sometimes", "speculation"),
+        ("speculation", 5, "speculation"),
+        ("target_tpot_ms", "fast", "target_tpot_ms"),
         ("verification", "hopeful", "verification"),
         ("suffix", "the end", "suffix"),
         ("tools", [{}], "tools"),
@@ -90,6 +91,7 @@ def test_sampling_fields_reach_the_sampling_parameters() -> None:
         "n": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
         "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 7, "stop_token_ids": [4], "ignore_eos": True,
         "min_tokens": 1, "max_tokens": 9, "skip_special_tokens": False, "speculation": "max", "verification": "coupled",
+        "target_tpot_ms": 40.0,
     }  # fmt: skip
     body = {"prompt": "x", **written, "stop": "end", "logit_bias": {"5": 1}}
     params = parse(CompletionRequest, json.dumps(body).encode()).sampling_params()
@@ -103,3 +105,14 @@ def test_null_stands_for_the_default() -> None:
     body = {"prompt": "x", "temperature": None, "n": None, "max_tokens": None}
     params = parse(CompletionRequest, json.dumps(body).encode()).sampling_params()
     assert (params.temperature, params.n, params.max_tokens) == (1.0, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("speculation", "some times"), ("speculation", "suffix:0"), ("target_tpot_ms", 0), ("target_tpot_ms", -1)],
+)
+def test_wishes_out_of_range_are_named(field: str, value: Any) -> None:
+    request = parse(CompletionRequest, json.dumps({"prompt": "x", field: value}).encode())
+    with pytest.raises(InvalidRequest, match=f"^{field}: ") as caught:
+        request.sampling_params()
+    assert caught.value.param == field

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from parlay.bets import Bet, Tree
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.drafters.eagle_files import save_head
@@ -25,7 +26,7 @@ from parlay.train import loop, run
 from parlay.train.draft_model import chosen_layers, new_student
 from parlay.train.order import Kind, Order
 from parlay.train.run import train
-from parlay.types import Bet, Request, SamplingParams, Tree
+from parlay.types import Request, SamplingParams
 from tests.architectures import make_model, plain_model
 from tests.drafting import tiny_exit, tiny_head, tiny_medusa
 from tests.tiny import make_tiny_llama

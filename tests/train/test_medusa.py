@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.medusa import Medusa
@@ -18,7 +19,7 @@ from parlay.engine.model import load_model
 from parlay.train.dataset import Batch
 from parlay.train.medusa import DECAY, MedusaObjective, new_heads
 from parlay.train.recording import Recorded
-from parlay.types import Bet, Request, SamplingParams, StepPlan, Tree
+from parlay.types import Request, SamplingParams, StepPlan
 from tests.architectures import make_model, plain_model
 from tests.drafting import HIDDEN, tiny_medusa
 from tests.tiny import VOCAB_SIZE

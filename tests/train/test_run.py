@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from parlay.bets import Bet, Tree
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
@@ -24,7 +25,7 @@ from parlay.train.conversations import Conversations
 from parlay.train.order import Kind, Order
 from parlay.train.recording import recording_engine
 from parlay.train.run import train
-from parlay.types import Bet, Delta, Request, SamplingParams, Tree
+from parlay.types import Delta, Request, SamplingParams
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 
 pytestmark = pytest.mark.usefixtures("few_and_short")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from parlay.bets import Tree
 from parlay.drafters.eagle import Eagle
 from parlay.drafters.eagle_files import save_head
 from parlay.engine.batch import join, pack_row
 from parlay.train.unrolled import turns
-from parlay.types import Tree
 from tests.architectures import make_model
 from tests.drafting import HIDDEN, engine_with, tiny_head
 

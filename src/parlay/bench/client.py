@@ -12,7 +12,7 @@ import httpx
 
 from parlay.bench.sse import EventReader
 from parlay.bench.workloads import Prompt
-from parlay.types import Speculation, SpeculationStats
+from parlay.types import SpeculationStats
 
 Endpoint = Literal["chat", "completions"]
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -50,7 +50,7 @@ class Wish:
     max_tokens: int
     temperature: float = 0.0
     ignore_eos: bool = False
-    speculation: Speculation | None = None
+    speculation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

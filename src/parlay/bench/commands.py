@@ -10,7 +10,6 @@ import typer
 
 from parlay.config import Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, takes
-from parlay.types import Speculation
 
 
 def demo(
@@ -81,8 +80,12 @@ def bench(
         typer.Option("--ignore-eos", help="Go on to the limit, on servers that know this.", rich_help_panel="Requests"),
     ] = False,
     speculation: Annotated[
-        Speculation | None,
-        typer.Option(help="How to bet; only Parlay knows this.", rich_help_panel="Requests"),
+        str | None,
+        typer.Option(
+            help="How to bet: off, auto, max or a bet such as eagle:3; only Parlay knows this.",
+            metavar="WISH",
+            rich_help_panel="Requests",
+        ),
     ] = None,
     slo: Annotated[
         str | None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parlay.types import Tree
+from parlay.bets import Tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

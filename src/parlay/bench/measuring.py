@@ -22,12 +22,13 @@ from parlay.bench import environment
 from parlay.bench.offline import drive
 from parlay.bench.report import console, progress, table
 from parlay.bench.workloads import by_category, encode, load_prompts
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.policy.base import PolicyRow
 from parlay.policy.fixed import Fixed
 from parlay.policy.trees import Floats, child_ranks
-from parlay.types import Offer, SamplingParams, StepPlan, StepResult, Tree
+from parlay.types import Offer, SamplingParams, StepPlan, StepResult
 
 SURE = 0.95  # of the confidence intervals
 
@@ -148,7 +149,7 @@ def run(
         ValueError: naming the option that is wrong.
     """
     bet = config.speculation
-    if bet is None:
+    if not isinstance(bet, Bet):
         raise ValueError("speculation: name the drafter to measure, as --speculation eagle")
     captured = environment.capture()
     tree = comb(width, depth)

@@ -17,7 +17,6 @@ from parlay.bench.objectives import parse_objectives
 from parlay.bench.report import progress, table
 from parlay.bench.serving import Planned, send
 from parlay.bench.summary import Distribution, RequestResult, Summary, request_results, summarise
-from parlay.types import Speculation
 
 MAX_TOKENS = 128
 FAILED = 1  # exit code when no request was answered
@@ -58,7 +57,7 @@ class Settings:
     max_tokens: int
     temperature: float
     ignore_eos: bool
-    speculation: Speculation | None
+    speculation: str | None
     objectives: Mapping[str, float]
     timeout: float
 
@@ -86,7 +85,7 @@ def run(
     max_tokens: int | None,
     temperature: float,
     ignore_eos: bool,
-    speculation: Speculation | None,
+    speculation: str | None,
     slo: str | None,
     timeout: float,
     json_to: str | None,

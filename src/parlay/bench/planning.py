@@ -11,12 +11,12 @@ from rich.tree import Tree as Drawing
 
 from parlay.bench import environment, figures
 from parlay.bench.report import console, table
+from parlay.bets import Tree
 from parlay.policy.cost import Profile
 from parlay.policy.planner import BatchPlan, Planner, length_table, trtllm_schedule, vllm_bands
 from parlay.policy.profiles import read_profile
 from parlay.policy.trees import Floats, child_ranks, survival
 from parlay.policy.workload import Kind, mixture, read_kinds
-from parlay.types import Tree
 
 DRAWN = 40  # nodes of a tree drawn as text at most
 

@@ -10,12 +10,13 @@ from typing import Self
 
 import torch
 
-from parlay.config import TreeSampling, likely_tree
+from parlay.bets import Bet, Tree, likely_tree
+from parlay.config import TreeSampling
 from parlay.engine.batch import Draft
 from parlay.engine.compiling import Compilable
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.policy.trees import overlap, subtree
-from parlay.types import Bet, Offer, Row, RowResult, StepPlan, Tree
+from parlay.types import InvalidRequest, Offer, Row, RowResult, Speculation, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,18 @@ class Drafters:
         self.by_name = {drafter.name: drafter for drafter in drafters}
         self.sources = dict(sources or {})
         self.failed: tuple[str, ...] = ()
+
+    def check(self, wish: Speculation | Bet) -> None:
+        """Refuses a bet on a drafter that was never there.
+
+        Raises:
+            InvalidRequest: naming those that are.
+        """
+        known = (*self.by_name, *self.failed)
+        if isinstance(wish, Bet) and wish.method not in known:
+            here = f"bet on {' or '.join(known)}" if known else "no drafter was loaded"
+            message = f"speculation: there is no drafter {wish.method!r} here: write off, auto or max, or {here}"
+            raise InvalidRequest(message, "speculation")
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from parlay.bets import Tree
 from parlay.config import EngineConfig
 from parlay.drafters.levels import LevelDrafter
 from parlay.engine.attention import UnsupportedModel, forward_batch
@@ -15,7 +16,7 @@ from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compilable, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
-from parlay.types import Row, Tree
+from parlay.types import Row
 
 
 class DraftModel(LevelDrafter):

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from parlay.bets import Tree
 from parlay.drafters.eagle_files import load_head
 from parlay.drafters.eagle_head import EagleHead, rotary
 from parlay.drafters.levels import LevelDrafter
@@ -20,7 +21,7 @@ from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.engine.path_attention import PathAttention
 from parlay.engine.products import pack_products
-from parlay.types import Row, RowResult, Tree
+from parlay.types import Row, RowResult
 
 
 class Eagle(LevelDrafter):

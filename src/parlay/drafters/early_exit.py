@@ -8,13 +8,14 @@ from typing import Self
 
 import torch
 
+from parlay.bets import Tree
 from parlay.drafters.exit_part import ExitPart, load_exit
 from parlay.drafters.levels import LevelDrafter
 from parlay.engine.attention import forward_batch
 from parlay.engine.batch import ForwardBatch
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.engine.products import pack_products
-from parlay.types import Row, Tree
+from parlay.types import Row
 
 
 class EarlyExit(LevelDrafter):

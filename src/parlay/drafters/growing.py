@@ -19,10 +19,11 @@ from functools import lru_cache
 
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.config import TreeSampling
 from parlay.engine.batch import Draft, PackedRow, pack_row
 from parlay.engine.sampling import Path, argmax, draw_without_replacement, gumbel_at, process
-from parlay.types import Bet, Row, Tree
+from parlay.types import Row
 
 WIDTH = 6  # nodes that a level of a growing tree expands
 BRANCH = 4  # children of each

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.drafters.coverage import Coverage
 from parlay.drafters.growing import Growth, draw_children
 from parlay.engine.batch import Draft, ForwardBatch, PackedRow, join, pack_row
 from parlay.engine.model import TargetModel
-from parlay.types import Bet, Offer, Row, RowResult, Tree
+from parlay.types import Offer, Row, RowResult
 
 MOST, LEAST = 512, 32  # missed tokens that are read in one step, whatever the step's budget has left
 

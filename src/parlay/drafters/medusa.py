@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from parlay.bets import Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.drafters.growing import Growth, draw_children
 from parlay.drafters.medusa_files import load_heads
@@ -15,7 +16,7 @@ from parlay.drafters.medusa_heads import MedusaHeads
 from parlay.engine.batch import Draft, kept_places
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.engine.products import pack_products
-from parlay.types import Bet, Offer, Row, RowResult, Tree
+from parlay.types import Offer, Row, RowResult
 
 
 class Medusa(Drafter):

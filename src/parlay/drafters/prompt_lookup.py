@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
+from parlay.bets import Tree
 from parlay.drafters.base import ShownGuesses
-from parlay.types import Offer, Row, Tree
+from parlay.types import Offer, Row
 
 WIDTH = array("i").itemsize
 MATCHES = 64  # earlier occurrences that are looked at to fill a tree

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parlay.bets import Tree
 from parlay.drafters.base import ShownGuesses
 from parlay.policy.trees import Ints
-from parlay.types import Offer, Row, Tree
+from parlay.types import Offer, Row
 
 GRAMS = (3, 2, 1)  # tokens by which positions are found, the longest first
 OCCURRENCES = 32  # that are kept of each, the latest

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from parlay.bets import NO_TREE
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import Draws, Path, argmax, process
-from parlay.types import NO_TREE, Row, RowResult, TokenLogprobs
+from parlay.types import Row, RowResult, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parlay.types import NO_TREE, Row, RowResult, Tree
+from parlay.bets import NO_TREE, Tree
+from parlay.types import Row, RowResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parlay import registry
+from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.shipped import all_shipped, shipped
@@ -18,7 +19,6 @@ from parlay.policy.fixed import Fixed, Off
 from parlay.policy.goodput import PRIOR
 from parlay.policy.named import BATCHES, Means, named
 from parlay.policy.planner import Planner, length_table
-from parlay.types import Bet, Tree
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine

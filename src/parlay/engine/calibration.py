@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from parlay.bets import NO_TREE, Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.engine.batch import Draft
 from parlay.policy.base import PolicyRow
@@ -34,7 +35,7 @@ from parlay.policy.cost import (
 )
 from parlay.policy.fixed import Off
 from parlay.policy.trees import Floats, Ints, overlap, subtree
-from parlay.types import NO_TREE, Bet, Request, Row, SamplingParams, StepResult, Tree
+from parlay.types import Request, Row, SamplingParams, StepResult
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine

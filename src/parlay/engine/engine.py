@@ -28,6 +28,7 @@ from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
 from parlay.policy.base import Policy
 from parlay.policy.fixed import Off
+from parlay.policy.own_bets import plan_around
 from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepResult
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Engine:
         ):
             if not all(0 <= token < self.vocab_size for token in ids):
                 raise InvalidRequest(f"{name}: token ids must be from 0 to {self.vocab_size - 1}", name)
+        self.drafters.check(params.speculation)
         if params.mode == "coupled" and params.seed is None:
             params = replace(params, seed=self._random.getrandbits(63))
             request = replace(request, params=params)
@@ -141,7 +143,7 @@ class Engine:
             return []
         lap("schedule")
         offers = self.drafters.offer(rows)
-        plan = self.policy.plan(rows, offers, self.scheduler.budget)
+        plan = plan_around(self.policy, [row.own_bet for row in rows], rows, offers, self.scheduler.budget)
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")

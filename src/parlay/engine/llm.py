@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +117,7 @@ class _Choice:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SpeculationStats = field(default_factory=SpeculationStats)
+    methods: defaultdict[str, SpeculationStats] = field(default_factory=lambda: defaultdict(SpeculationStats))
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -129,6 +131,7 @@ class _Choice:
             stop_reason=self.stop_reason,
             logprobs=tuple(self.logprobs),
             stats=self.stats,
+            methods=dict(self.methods),
         )
 
 
@@ -147,6 +150,8 @@ class _Collected:
         choice.tokens += delta.tokens
         choice.logprobs += delta.logprobs
         choice.stats += delta.stats
+        if delta.method is not None:
+            choice.methods[delta.method] += delta.stats
         self.prompt_logprobs += delta.prompt_logprobs
         choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         return delta.finish_reason is not None and all(c.finish_reason for c in self.choices)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from parlay.bets import Tree
 from parlay.config import EngineConfig
 from parlay.engine import attention, native
 from parlay.engine.accept import Scores, token_logprobs
@@ -25,7 +26,7 @@ from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
-from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs, Tree
+from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs
 
 HEAD_CHUNK = 64  # prompt positions whose logits exist at a time
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}

@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from parlay.bets import Bet
 from parlay.config import EngineConfig
 from parlay.engine.blocks import Blocks, page_digest
-from parlay.types import Bet, InvalidRequest, Request, Row, RowResult, StepPlan
+from parlay.types import InvalidRequest, Request, Row, RowResult, StepPlan
 
 OLDEST_SHARE = 4  # one part in so many of a step's tokens is kept for the row that has run longest
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from parlay.bets import Tree
 from parlay.engine.attention import UnsupportedModel, current_step
 from parlay.engine.batch import Draft, pack
 from parlay.engine.compiled import LayerProgram, Noted
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.engine.path_attention import PathAttention
 from parlay.engine.strict import TILE
-from parlay.types import Request, Row, SamplingParams, Tree
+from parlay.types import Request, Row, SamplingParams
 
 logger = logging.getLogger(__name__)
 

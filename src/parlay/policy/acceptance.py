@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from parlay.bets import Tree
 from parlay.policy.trees import Floats, Ints, child_ranks
-from parlay.types import Tree
 
 LEVELS = 16  # deeper guesses are taken for as good as those of the last level
 RANKS = 8  # children beyond it are taken for never accepted

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from parlay.bets import NO_TREE, Bet, Tree
 from parlay.policy.base import PolicyRow
 from parlay.policy.synergy import LengthTable
 from parlay.policy.trees import overlap, subtree
-from parlay.types import NO_TREE, Bet, Offer, StepPlan, StepResult, Tree
+from parlay.types import Offer, StepPlan, StepResult
 
 
 def bet_alike(wanted: Bet, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:

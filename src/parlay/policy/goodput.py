@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parlay.bets import Bet, Tree
 from parlay.policy.acceptance import MethodAcceptance, Trials
 from parlay.policy.allocation import LINES, Allocation, Candidates, Guesses, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
@@ -20,7 +21,7 @@ from parlay.policy.cost import LiveScale, Profile
 from parlay.policy.offers import Drafter, Made, MethodOffers, Rows
 from parlay.policy.probing import Prober
 from parlay.policy.trees import Floats, overlap
-from parlay.types import Bet, Offer, RowResult, StepPlan, StepResult, Tree
+from parlay.types import Offer, RowResult, StepPlan, StepResult
 
 PRIOR = (0.5, 0.1, 0.05, 0.03)
 FRESH = 16  # plans after which all methods, lines and prices are looked at again, as when the load changes

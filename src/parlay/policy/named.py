@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
+from parlay import registry
+from parlay.bets import Tree
 from parlay.policy.acceptance import LEVELS, RANKS, Trials
 from parlay.policy.base import Policy
 from parlay.policy.cost import Profile
@@ -20,7 +22,7 @@ from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.smartspec import SmartSpec
 from parlay.policy.trees import Floats, Ints
 from parlay.policy.workload import Kind, Recorded, Workload, mixture
-from parlay.types import Offer, Tree
+from parlay.types import Offer
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that a table is made for
 PUBLISHED_EVERY = 20  # steps for which SmartSpec's authors keep a length
@@ -64,29 +66,51 @@ class Means:
     every: int = PUBLISHED_EVERY
 
 
-NAMES = ("off", "fixed:3", "synergy", "smartspec", "goodput")
-
-
 def named(name: str, means: Means) -> Policy:
-    """A policy by its name: off, fixed:LENGTH, synergy, smartspec or goodput.
+    """A policy by its name: off, fixed:LENGTH, synergy, smartspec, goodput, or what a third party has registered.
+
+    What is registered is called with what stands behind the name's colon, if anything, and the means.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for an unknown name.
     """
-    head, _, rest = name.partition(":")
-    if head == "off" and not rest:
-        return Off()
-    if head == "fixed" and rest.isdecimal() and int(rest) > 0:
-        if int(rest) > means.longest:
-            raise ValueError(f"policy {name!r}: the drafter offers {means.longest} levels at most")
-        return Fixed(means.method, Tree.chain(int(rest)))
-    if name == "synergy":
-        return Synergy(means.method, means.lengths())
-    if name == "smartspec":
-        return SmartSpec(means.profile(), means.method, means.longest, every=means.every)
-    if name == "goodput":
-        return Goodput(means.profile())
-    raise ValueError(_unknown(name, NAMES))
+    head, colon, rest = name.partition(":")
+    make: Callable[..., Policy] = registry.policies.find(head)
+    if colon and len(inspect.signature(make).parameters) < 2:
+        raise ValueError(f"policy {name!r}: {head} takes nothing behind a colon; leave it out")
+    return make(means, rest) if colon else make(means)
+
+
+def off(means: Means) -> Off:
+    """Never bets."""
+    del means
+    return Off()
+
+
+def fixed(means: Means, length: str = "3") -> Fixed:
+    """The same chain for every row.
+
+    Raises:
+        ValueError: for a length that the drafter does not offer.
+    """
+    if not length.isdecimal() or not 0 < int(length) <= means.longest:
+        raise ValueError(f"policy 'fixed:{length}': write a length from 1 to {means.longest}, what the drafter offers")
+    return Fixed(means.method, Tree.chain(int(length)))
+
+
+def synergy(means: Means) -> Synergy:
+    """A length by batch size."""
+    return Synergy(means.method, means.lengths())
+
+
+def smartspec(means: Means) -> SmartSpec:
+    """A length by goodput, as published."""
+    return SmartSpec(means.profile(), means.method, means.longest, every=means.every)
+
+
+def goodput(means: Means) -> Goodput:
+    """Parlay's own."""
+    return Goodput(means.profile())
 
 
 def make(name: str, situation: Situation) -> Callable[[], Policy]:
@@ -101,15 +125,8 @@ def make(name: str, situation: Situation) -> Callable[[], Policy]:
     table = cache(lambda: length_table(_profiled(situation, method, longest), BATCHES).lengths)
     every = max(1, PUBLISHED_EVERY // situation.reuse)
     means = Means(lambda: situation.profile, method, longest, table, every)
-    if name.partition(":")[0] not in {known.partition(":")[0] for known in NAMES}:
-        raise ValueError(_unknown(name, (*NAMES, "oracle")))
     named(name, means)  # what is wrong with it is said at once
     return lambda: named(name, means)
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"policy {name!r}: {f'did you mean {near[0]}?' if near else f'known: {chr(44).join(known)}'}"
 
 
 def _profiled(situation: Situation, method: str, longest: int) -> Planner:

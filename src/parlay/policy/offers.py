@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parlay.bets import Bet, Tree
 from parlay.policy.acceptance import LEVELS, RANKS, Acceptance, ConfidenceCurve
 from parlay.policy.allocation import Bools, Candidates, Guesses, ManyTrees, OneTree
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import DraftCost
 from parlay.policy.trees import Floats, Ints, ancestor_mask, child_ranks, subtree
-from parlay.types import Bet, Offer, Tree
+from parlay.types import Offer
 
 UNLIKELY = 0.01  # guesses that survive less often are not looked at
 KEPT = 64  # trees for which a drafter's results are kept

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from parlay.bets import NO_TREE, Tree
 from parlay.policy.trees import Floats, Ints, survival
 from parlay.policy.workload import Kind, Recorded
-from parlay.types import NO_TREE, Tree
 
 
 class Outcomes:

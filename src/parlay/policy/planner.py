@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parlay.bets import NO_TREE, Tree
 from parlay.policy.cost import Profile
 from parlay.policy.sequoia import OptimalTrees
 from parlay.policy.synergy import LengthTable
 from parlay.policy.trees import Floats, Ints
-from parlay.types import NO_TREE, Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from parlay.bets import Tree
 from parlay.policy.trees import Floats, Ints
-from parlay.types import Tree
 
 Shape: TypeAlias = "list[Shape]"  # a node's children, each the list of its own
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from parlay.bets import Bet, Tree
 from parlay.policy.acceptance import Trials
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import Profile
 from parlay.policy.fixed import bet_alike
-from parlay.types import Bet, Offer, StepPlan, StepResult, Tree
+from parlay.types import Offer, StepPlan, StepResult
 
 
 class SmartSpec:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from parlay.types import Tree
+from parlay.bets import Tree
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]

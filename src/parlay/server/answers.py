@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -26,11 +27,14 @@ class Usage:
         self._num_prompt_tokens = call.num_prompt_tokens
         self._num_completion_tokens = 0
         self._stats = SpeculationStats()
+        self._methods: defaultdict[str, SpeculationStats] = defaultdict(SpeculationStats)
 
     def add(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
             self._num_completion_tokens += len(delta.tokens)
             self._stats += delta.stats
+            if delta.method is not None:
+                self._methods[delta.method] += delta.stats
 
     def body(self) -> dict[str, Any]:
         return {
@@ -38,9 +42,8 @@ class Usage:
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
             "speculation": {
-                "steps": self._stats.steps,
-                "drafted": self._stats.drafted,
-                "accepted": self._stats.accepted,
+                **asdict(self._stats),
+                "methods": {method: asdict(stats) for method, stats in self._methods.items()},
             },
         }
 

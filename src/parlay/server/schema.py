@@ -1,4 +1,4 @@
-"""Request bodies of the OpenAI API, with vLLM's sampling fields and Parlay's two.
+"""Request bodies of the OpenAI API, with vLLM's sampling fields and Parlay's three.
 
 A field is served, or known to change nothing, or refused by name: nothing that a client asked for is lost silently.
 """
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from parlay.types import InvalidRequest, SamplingParams
-from parlay.types import Speculation as SpeculationWish
 
 # A list of a million token ids is not a list of strings: one wrong item says so.
 _FAIL_FAST = Field(fail_fast=True)
@@ -105,7 +104,8 @@ class GenerationRequest(_Body):
     min_tokens: int | None = None
     max_tokens: int | None = None
     skip_special_tokens: bool | None = None
-    speculation: SpeculationWish | None = None
+    speculation: str | None = None
+    target_tpot_ms: float | None = None
     verification: Literal["optimal", "coupled"] | None = None
 
     def sampling_params(self, **read: Any) -> SamplingParams:

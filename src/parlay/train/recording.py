@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from parlay.bets import Bet
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.engine.batch import Draft, kept_places
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel, TargetModel
 from parlay.train.conversations import ANSWER
-from parlay.types import Bet, Offer, Row, RowResult
+from parlay.types import Offer, Row, RowResult
 
 TOP = 64  # most likely next tokens that are kept of every distribution
 
