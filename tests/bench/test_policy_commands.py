@@ -86,7 +86,7 @@ def test_simulate_takes_phases_and_traces(tmp_path: Path) -> None:
         (["plan", "--acceptance", "0.9,0.2"], "at most 1"),
         (["plan", "--method", "medusa"], "no costs for 'medusa', only for eagle"),
         (["plan", "--plot", "plan.jpeg"], "must end in"),
-        (["simulate", "--policies", "of"], "did you mean off"),
+        (["simulate", "--policies", "of"], "did you mean 'off'"),
         (["simulate", "--policies", "off,off"], "named once"),
         (["plan", "--export", "vllm", "--json", "x"], "prints nothing else"),
         (["plan", "--acceptance", ""], "no such file, and no probabilities"),

@@ -12,13 +12,13 @@ from parlay.policy.acceptance import (
     LEVELS,
     RANKS,
     REFRESH,
-    ConfidenceCurve,
     MethodAcceptance,
     Reliability,
     Trials,
     acceptance,
     once_tried,
 )
+from parlay.policy.confidence import ConfidenceCurve
 from tests.policy.machine import walk
 
 

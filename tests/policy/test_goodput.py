@@ -82,7 +82,7 @@ def test_a_machine_that_has_become_slower_is_noticed() -> None:
     machine.slower = 2.0
     for _ in range(80):
         machine.step(rows(4), [Offer("prompt_lookup", CHAIN)])
-    assert policy.verify_scale.factor == pytest.approx(2, rel=0.1)
+    assert policy.clock.verify.scale.factor == pytest.approx(2, rel=0.1)
 
 
 def test_what_it_expects_is_what_happens() -> None:

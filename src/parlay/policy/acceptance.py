@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from parlay.bets import Tree
 from parlay.policy.trees import Floats, Ints, child_ranks
@@ -73,6 +72,10 @@ class Acceptance(Protocol):
 
     def groups(self, seqs: Sequence[int]) -> Ints:
         """[requests] the group of each."""
+        ...
+
+    def group(self, seq: int) -> int:
+        """The group of one."""
         ...
 
     def observe(self, seq: int, trials: Trials) -> None:
@@ -187,6 +190,10 @@ class MethodAcceptance:
         """See `Acceptance.groups`: requests of about the same factor, so that what follows from it is computed once."""
         get, group = self._slots.get, self._group
         return np.array([group[get(seq, 0)] for seq in seqs], dtype=np.intp)
+
+    def group(self, seq: int) -> int:
+        """See `Acceptance.group`."""
+        return self._group[self._slots.get(seq, 0)]
 
     def matrix(self, seq: int) -> Floats:
         """[LEVELS, RANKS]: the acceptance of one request."""
@@ -315,42 +322,6 @@ def acceptance(once_tried: Floats) -> Floats:
         return once_tried
     failed = np.cumprod(1 - once_tried, axis=-1)
     return once_tried * np.concatenate([np.ones_like(failed[..., :1]), failed[..., :-1]], axis=-1)
-
-
-# ---- confidence -----------------------------------------------------------------------------------------------------
-
-
-class ConfidenceCurve:
-    """Turns a drafter's own confidence into a probability: sigmoid(a logit(confidence) + b), learnt while serving.
-
-    Every step's outcomes are one Newton step of the logistic likelihood, in which old outcomes fade.
-
-    Args:
-        memory: Guesses after which an old one counts a third.
-        trust: What the drafter's word weighs at first, in guesses.
-    """
-
-    def __init__(self, memory: float = 2000.0, trust: float = 10.0) -> None:
-        self._keep = 1.0 - 1.0 / memory
-        self._weights = np.array([1.0, 0.0])  # a drafter is believed until it is shown to be wrong
-        self._information = trust * np.eye(2)
-
-    def __call__(self, confidence: Floats) -> Floats:
-        slope, offset = self._weights
-        return 1 / (1 + np.exp(-(slope * _logit(confidence) + offset)))
-
-    def observe(self, confidence: Floats, accepted: NDArray[np.bool_]) -> None:
-        """Learns from the guesses of a step that were tried. confidence, accepted: [guesses]."""
-        x = np.stack([_logit(confidence), np.ones(len(confidence))], axis=1)
-        p = 1 / (1 + np.exp(-(x @ self._weights)))
-        self._information = self._keep ** len(p) * self._information + (x * (p * (1 - p))[:, None]).T @ x
-        slope, offset = self._weights + np.linalg.solve(self._information, x.T @ (accepted - p))
-        self._weights = np.array([max(slope, 0.01), offset])  # what the drafter prefers is never worth less
-
-
-def _logit(probability: Floats) -> Floats:
-    p = np.clip(np.asarray(probability, dtype=np.float64), 1e-3, 1 - 1e-3)
-    return np.log(p / (1 - p))
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------

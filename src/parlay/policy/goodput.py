@@ -7,35 +7,29 @@ method to bet on, how deep, with what tree, or not at all; see `parlay.policy.al
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parlay.bets import Bet, Tree
 from parlay.policy.acceptance import MethodAcceptance, Trials
 from parlay.policy.allocation import LINES, Allocation, Candidates, Guesses, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
-from parlay.policy.cost import LiveScale, Profile
+from parlay.policy.clock import Clock, Load
+from parlay.policy.control import Control
+from parlay.policy.cost import Profile
 from parlay.policy.offers import Drafter, Made, MethodOffers, Rows
 from parlay.policy.probing import Prober
+from parlay.policy.quick import FEW, Quick
 from parlay.policy.trees import Floats, overlap
 from parlay.types import Offer, RowResult, StepPlan, StepResult
 
 PRIOR = (0.5, 0.1, 0.05, 0.03)
 FRESH = 16  # plans after which all methods, lines and prices are looked at again, as when the load changes
 MANY = 16  # rows from which on looking at guesses that cost nothing to draft takes too long to do it every time
+ROOM = 16  # guesses of a row that quick plans look at, at least
 FORGET = 1000  # steps after which a request that was not seen is forgotten
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What a step does anyway."""
-
-    rows: int
-    new: int
-    context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +41,6 @@ class Expected:
     seconds_off: float
 
 
-@dataclass(slots=True)
-class _Bets:
-    """What one drafter did in a step."""
-
-    rows: int = 0
-    levels: int = 0
-    guesses: int = 0
-    context: int = 0
-    catch_up: int = 0
-
-    def add(self, row: PolicyRow, tree: Tree, made: Made | None) -> None:
-        self.rows += 1
-        self.levels = max(self.levels, tree.depth)
-        self.guesses += len(tree.parents)
-        self.context += row.start
-        self.catch_up += made.offer.catch_up if made is not None else 0
-
-
 class Goodput:
     """Maximises tokens per second over method, depth, tree and off, row by row.
 
@@ -73,10 +49,13 @@ class Goodput:
         margin: How much better than no bet a plan must look, as a share, before betting starts again: at most this,
             and no more than half the spread of steps' times.
         probe_share: Share of the time that may be spent on finding out whether a method that is off has become good.
+        control_share: Share of the time that may be lost by plain steps between bets.
         horizon: Steps over which it spreads what it costs to bring a drafter up to date.
         priors: By method, acceptance by rank before anything is known.
 
     Attributes:
+        clock: What steps take.
+        control: Whether bets have paid.
         drafters: What is known of each method; learnt, unless something was put there before.
         expected: What the last plan was expected to bring.
     """
@@ -87,11 +66,12 @@ class Goodput:
         *,
         margin: float = 0.03,
         probe_share: float = 0.01,
+        control_share: float = 0.005,
         horizon: float = 32.0,
         priors: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        self.profile = profile
-        self.verify_scale, self.draft_scale, self.host_scale = LiveScale(), LiveScale(), LiveScale()
+        self.clock = Clock(profile)
+        self.control = Control(control_share)
         self.drafters: dict[str, Drafter] = {}
         self.expected = Expected(0.0, 0.0, 0.0)
         self._priors = dict(priors or {})
@@ -103,6 +83,7 @@ class Goodput:
         self._rates: dict[int, float] = {}  # tokens per second of a row, by that
         self._worth: dict[str, int] = {}  # method -> the last plan that bet on it
         self._resting: set[str] = set()  # methods that are not looked at before the next fresh plan
+        self._quick: Quick | None = None  # for a few rows, until the next fresh plan
         self._made: dict[int, Made] = {}  # seq -> its bet in the last plan
         self._seen: dict[int, int] = {}  # seq -> step
         self._step = self._plans = 0
@@ -111,21 +92,53 @@ class Goodput:
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         """See `Policy.plan`."""
-        bets: list[Bet | None] = [None] * len(rows)
         self._made = {}
-        step = Rows.of(rows)
-        emitting = int(step.samples.sum())
+        emitting = sum(row.samples for row in rows)
         if not emitting:
-            return StepPlan(tuple(bets))
+            return StepPlan((None,) * len(rows))
         self._plans += 1
         bucket = int(4 * math.log2(emitting))
         fresh = bucket != self._bucket or self._plans % FRESH == 0
         self._bucket = bucket
+        quick, few = self._quick, emitting == len(rows) <= FEW and not any(_wishes(row) for row in rows)
+        if quick is not None and few and not fresh and quick.emitting == emitting:
+            self._plan_quickly(quick, rows, offers, budget)
+        else:
+            self._plan_whole(rows, offers, budget, fresh=fresh, few=few)
+        expected, price = self.expected, self._rates[bucket] * emitting
+        advantage = (expected.emitted - emitting) / price - (expected.seconds - expected.seconds_off)
+        if self.control.due(expected.seconds_off, advantage):
+            self._made = {}
+        return StepPlan(tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows))
+
+    def _plan_quickly(
+        self, quick: Quick, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int
+    ) -> None:
+        """Plans for a few rows much as in the last whole plan."""
+        known = self._rates[self._bucket] * len(rows)
+        made, tokens, seconds = quick.plan(rows, offers, self.drafters, known, budget)
+        rate, off = tokens / seconds, len(rows) / quick.seconds[0]
+        if not self._pays(rate, off):
+            made, tokens, seconds, rate = [], float(len(rows)), quick.seconds[0], off
+        self._rates[self._bucket] += 0.1 * (rate / len(rows) - self._rates[self._bucket])
+        for row, some in zip(rows, made, strict=False):
+            if some is not None:
+                self._made[row.seq] = some
+                self._worth[some.bet.method] = self._plans
+        self._prober.save(quick.seconds[0])
+        self.expected = Expected(tokens, seconds, quick.seconds[0])
+
+    def _plan_whole(
+        self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int, *, fresh: bool, few: bool
+    ) -> None:
+        """Plans for all rows together."""
+        step = Rows.of(rows)
+        emitting = int(step.samples.sum())
         methods = self._offers(step, offers, () if fresh or step.wishes else self._resting)
         candidates = [method.candidates for method in methods]
         room = min(budget, len(rows) * max((some.most for some in candidates), default=0))
         load, plain = _loads(step, emitting)
-        seconds = self._seconds(plain, room)
+        seconds = self.clock.seconds(plain, room)
         found, price = self._at_best_rate(candidates, len(rows), seconds, emitting, fresh)
         for method, bought in zip(methods, found.guesses, strict=True):
             if len(bought.value):
@@ -134,7 +147,7 @@ class Goodput:
             idle = (method for method in methods if self._plans - self._worth.get(method.method, -FRESH) >= FRESH)
             self._resting = {m.method for m in idle if emitting >= MANY or m.candidates.pays_for_levels}
         if load != plain:
-            seconds = self._seconds(load, room)
+            seconds = self.clock.seconds(load, room)
             found = no_bets(candidates, len(rows), emitting, seconds)
             if self._betting:
                 found = allocate(candidates, len(rows), emitting, seconds, price, (self._line,))
@@ -145,13 +158,26 @@ class Goodput:
         for place, (method, bought) in enumerate(zip(methods, found.guesses, strict=True)):
             if len(bought.value):
                 tokens += float(bought.value.sum())
-                self._make(method, bought, step, bets)
+                self._make(method, bought, step)
             if probe is not None and probe.method == place:
                 tokens, time = tokens + probe.tokens, time + probe.seconds
         if probe is not None:
-            self._make(methods[probe.method], probe.bought, step, bets)
+            self._make(methods[probe.method], probe.bought, step)
         self.expected = Expected(tokens, time, float(seconds[0]))
-        return StepPlan(tuple(bets))
+        self._quick = self._shortened(len(rows), budget, plain) if few else None
+
+    def _shortened(self, rows: int, budget: int, load: Load) -> Quick:
+        """This plan as a start for quick ones."""
+        room = min(budget, rows * max((len(made.offer.tree) for made in self._made.values()), default=ROOM))
+        sharing = Counter(made.bet.method for made in self._made.values())
+        return Quick(
+            seconds=self.clock.seconds(load, max(room, min(budget, rows * ROOM))).tolist(),
+            emitting=rows,
+            costs={name: self.clock.draft(name) for name in self.drafters if name not in self._resting},
+            horizon=self._horizon,
+            sharing=dict(sharing),
+            sizes={seq: len(made.bet.tree) for seq, made in self._made.items()},
+        )
 
     def _offers(self, step: Rows, offers: Sequence[Sequence[Offer]], resting: Collection[str]) -> list[MethodOffers]:
         """What is on offer, by method, but for those that rest."""
@@ -161,12 +187,12 @@ class Goodput:
                 for offer in some:
                     if offer.method not in resting:
                         by_method[offer.method].append((place, offer))
-        found, slower = [], self.draft_scale.factor
+        found = []
         for name, entries in by_method.items():
             filled = [entry for entry in entries if entry[1].tree.parents]
             if filled:
                 places, offered = zip(*filled, strict=True)
-                cost = self.profile.draft(name).scaled(slower)
+                cost = self.clock.draft(name)
                 found.append(MethodOffers.of(self.drafter(name), places, offered, step, cost, self._horizon))
         return found
 
@@ -175,13 +201,6 @@ class Goodput:
         if method not in self.drafters:
             self.drafters[method] = Drafter(method, MethodAcceptance(self._priors.get(method, PRIOR)))
         return self.drafters[method]
-
-    def _seconds(self, load: _Load, room: int) -> Floats:
-        """[room + 1] seconds of a step by its guesses, without the drafters'."""
-        verify, host = self.profile.verify, self.profile.host
-        guesses = np.arange(room + 1.0)
-        passes = verify(load.new + guesses, load.rows, load.context)
-        return self.verify_scale.factor * passes + self.host_scale.factor * host(load.rows, guesses)
 
     def _at_best_rate(
         self, candidates: Sequence[Candidates], num_rows: int, seconds: Floats, emitting: int, fresh: bool
@@ -194,12 +213,16 @@ class Goodput:
             found = best_rate(candidates, num_rows, emitting, seconds, known, rounds=1, lines=(self._line,))
         self._line = found.line
         rate, off = found.emitted / found.seconds, emitting / float(seconds[0])
-        margin = min(self._margin, 0.5 * self.verify_scale.spread)
-        self._betting = rate > off * (1.0 if self._betting else 1.0 + margin)
-        if not self._betting:
+        if not self._pays(rate, off):
             found, rate = no_bets(candidates, num_rows, emitting, seconds), off
         self._rates[self._bucket] = rate / emitting
         return found, rate
+
+    def _pays(self, rate: float, off: float) -> bool:
+        """Whether to bet, at this rate against that without bets: by more than noise, if it was not done before."""
+        margin = 0.0 if self._betting else min(self._margin, 0.5 * self.clock.verify.spread)
+        self._betting = rate > off * (1.0 + margin) and not self.control.paused
+        return self._betting
 
     def _wished(
         self,
@@ -232,10 +255,9 @@ class Goodput:
             weights[late] *= 2
         return found
 
-    def _make(self, method: MethodOffers, bought: Guesses, step: Rows, bets: list[Bet | None]) -> None:
+    def _make(self, method: MethodOffers, bought: Guesses, step: Rows) -> None:
         """Notes the bets that these guesses are."""
         for row, made in method.bets(bought):
-            bets[row] = made.bet
             self._made[step.seqs[row]] = made
 
     # ---- observe ----------------------------------------------------------------------------------------------------
@@ -256,27 +278,14 @@ class Goodput:
             self.drafter(method).confidence.observe(np.array(confidence), np.array(accepted))
         for drafter in self.drafters.values():
             drafter.acceptance.tick()
-        self._observe_time(rows, result)
+        late = {seq: made.offer.catch_up for seq, made in self._made.items() if made.offer.catch_up}
+        off = self.clock.observe(rows, result, late)
+        emitted = sum(len(got.emitted) for got in result.rows)
+        guesses = sum(got.drafted for got in result.rows)
+        emitting = sum(row.samples for row in rows)
+        self.control.observe(emitted, emitting, guesses, sum(result.seconds.values()), off)
         if self._step % FORGET == 0:
             self._forget()
-
-    def _observe_time(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
-        seconds = dict(result.seconds)
-        verify, draft = seconds.pop("verify", 0.0), seconds.pop("draft", 0.0)
-        bets: defaultdict[str, _Bets] = defaultdict(_Bets)
-        new = known = 0
-        for row, got in zip(rows, result.rows, strict=True):
-            new, known = new + row.count, known + row.start + row.count
-            if got.method is not None and got.tree.parents:
-                bets[got.method].add(row, got.tree, self._made.get(row.seq))
-        guesses = sum(some.guesses for some in bets.values())
-        self.verify_scale.observe(float(self.profile.verify(new + guesses, len(rows), known)), verify)
-        self.host_scale.observe(self.profile.host(len(rows), guesses), sum(seconds.values()))
-        expected = 0.0
-        for method, some in bets.items():
-            cost = self.profile.draft(method)
-            expected += cost(some.levels, some.rows, some.guesses, some.context) + cost.per_catch_up * some.catch_up
-        self.draft_scale.observe(expected, draft)
 
     def _forget(self) -> None:
         """Drops requests that have not been seen for long."""
@@ -287,11 +296,16 @@ class Goodput:
                 drafter.acceptance.forget(seq)
 
 
-def _loads(step: Rows, emitting: int) -> tuple[_Load, _Load]:
+def _wishes(row: PolicyRow) -> bool:
+    """Whether a row asks for more than its share."""
+    return row.speculation == "max" or row.target_tpot is not None
+
+
+def _loads(step: Rows, emitting: int) -> tuple[Load, Load]:
     """What the step does anyway, and what it would do without the prompts in it."""
     known = step.start + step.count
-    whole = _Load(len(step.seqs), int(step.count.sum()), int(known.sum()))
-    return whole, _Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting)
+    whole = Load(len(step.seqs), int(step.count.sum()), int(known.sum()))
+    return whole, Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting)
 
 
 def _counted(candidates: Sequence[Candidates], guesses: Sequence[Guesses], weights: Floats) -> tuple[Guesses, ...]:

@@ -186,6 +186,10 @@ class Known:
         """See `Acceptance.groups`."""
         return self._kind[seqs]
 
+    def group(self, seq: int) -> int:
+        """See `Acceptance.group`."""
+        return int(self._kind[seq])
+
     def observe(self, seq: int, trials: Trials) -> None:
         """Has nothing to learn."""
 
@@ -198,7 +202,7 @@ class Known:
 
 def _oracle(situation: Situation) -> Goodput:
     """The goodput policy that knows how every request can be guessed, and so never probes nor hesitates."""
-    policy = Goodput(situation.profile, margin=0.0, probe_share=0.0)
+    policy = Goodput(situation.profile, margin=0.0, probe_share=0.0, control_share=0.0)
     for offer in situation.offers:
         known = Known(situation.kinds, offer.method, situation.workload.kind)
         policy.drafters[offer.method] = Drafter(offer.method, known)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from parlay.bets import Bet, Tree
-from parlay.policy.acceptance import LEVELS, RANKS, Acceptance, ConfidenceCurve
+from parlay.policy.acceptance import LEVELS, RANKS, Acceptance
 from parlay.policy.allocation import Bools, Candidates, Guesses, ManyTrees, OneTree
 from parlay.policy.base import PolicyRow
+from parlay.policy.confidence import ConfidenceCurve
 from parlay.policy.cost import DraftCost
 from parlay.policy.trees import Floats, Ints, ancestor_mask, child_ranks, subtree
 from parlay.types import Offer

@@ -51,6 +51,11 @@ class Prober:
         self._last: dict[str, int] = {}  # plan in which a method was last bet on
         self._looked: dict[str, float] = {}  # how good it looked at its last probe
 
+    def save(self, seconds: float) -> None:
+        """Puts something by, for a step that takes so long."""
+        self._plan += 1
+        self._credit += self._share * seconds
+
     def probe(
         self, methods: Sequence[MethodOffers], found: Allocation, seconds: Floats, price: float, fresh: bool
     ) -> Probe | None:
@@ -64,9 +69,8 @@ class Prober:
             fresh: Whether all methods were looked at; there are no probes in other plans, where some could not be.
         """
         used = [len(bought.value) > 0 for bought in found.guesses]
-        self._plan += 1
+        self.save(float(seconds[0]))
         self._last |= {method.method: self._plan for method, busy in zip(methods, used, strict=True) if busy}
-        self._credit += self._share * float(seconds[0])
         if not fresh or not self._share or self._credit < self._needed:
             return None
         waiting = self._plan < self._next

@@ -1,0 +1,90 @@
+"""What steps take here and now: a profile, and what serving has taught about it since."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parlay.policy.base import PolicyRow
+from parlay.policy.cost import DraftCost, LiveCurve, LiveScale, Profile
+from parlay.policy.trees import Floats
+from parlay.types import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step does beside verifying guesses: rows, known tokens that run, tokens in KV by then."""
+
+    rows: int
+    new: int
+    context: int
+
+
+@dataclass(slots=True)
+class _Drafted:
+    """What one drafter did in a step."""
+
+    rows: int = 0
+    levels: int = 0
+    guesses: int = 0
+    context: int = 0
+    catch_up: int = 0
+
+
+class Clock:
+    """Predicts seconds and learns from those of every step.
+
+    Args:
+        profile: What steps cost as it was once measured.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.verify, self.drafting, self.host = LiveCurve(), LiveScale(), LiveScale()
+
+    def seconds(self, load: Load, room: int) -> Floats:
+        """[room + 1] seconds of a step by its guesses, without the drafters'."""
+        guesses = np.arange(room + 1.0)
+        new = load.new + guesses
+        passes = self.profile.verify(new, load.rows, load.context) * self.verify.factors(new)
+        return passes + self.host.factor * self.profile.host(load.rows, guesses)
+
+    def draft(self, method: str) -> DraftCost:
+        """What a drafter takes."""
+        return self.profile.draft(method).scaled(self.drafting.factor)
+
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult, catch_up: Mapping[int, int]) -> float:
+        """Learns from the times of a step, and says what it would have taken without guesses, in seconds.
+
+        Args:
+            rows: Of the step.
+            result: What became of them, and seconds by part.
+            catch_up: By row, tokens that its drafter had to read first.
+        """
+        parts = dict(result.seconds)
+        verify, draft, host = parts.pop("verify", 0.0), parts.pop("draft", 0.0), sum(parts.values())
+        drafted: defaultdict[str, _Drafted] = defaultdict(_Drafted)
+        new = known = guesses = 0
+        for row, got in zip(rows, result.rows, strict=True):
+            new, known = new + row.count, known + row.start + row.count
+            if got.method is not None and got.tree.parents:
+                some, size = drafted[got.method], len(got.tree.parents)
+                some.rows, some.guesses, guesses = some.rows + 1, some.guesses + size, guesses + size
+                some.levels = max(some.levels, got.tree.depth)
+                some.context += row.start
+                some.catch_up += catch_up.get(row.seq, 0)
+        count, profile = len(rows), self.profile
+        plain = profile.verify.at(new, count, known)
+        off = plain * self.verify.factor(new) + self.host.factor * profile.host(count, 0)
+        passed = profile.verify.at(new + guesses, count, known) if guesses else plain
+        self.verify.observe(passed, verify, new + guesses)
+        self.host.observe(profile.host(count, guesses), host)
+        expected = 0.0
+        for method, some in drafted.items():
+            cost = profile.draft(method)
+            expected += cost(some.levels, some.rows, some.guesses, some.context) + cost.per_catch_up * some.catch_up
+        self.drafting.observe(expected, draft)
+        return off
