@@ -12,6 +12,7 @@ from scipy.optimize import nnls
 from parlay.policy.cost import (
     DraftCost,
     HostCost,
+    LiveCurve,
     LiveScale,
     Profile,
     VerifyCost,
@@ -166,3 +167,28 @@ def test_what_took_no_time_teaches_nothing() -> None:
     scale.observe(0.0, 1.0)
     scale.observe(1.0, 0.0)
     assert scale.factor == 1
+
+
+def test_a_curve_learns_where_the_profile_is_wrong_and_keeps_it() -> None:
+    """Passes over 8 tokens take half as long again as the profile says, all others what it says."""
+    curve, rng = LiveCurve(), np.random.default_rng(0)
+
+    def run(steps: int, slower: float = 1.0) -> None:
+        for _ in range(steps):
+            new = int(rng.choice([1, 2, 8, 32]))
+            curve.observe(0.01, 0.01 * slower * rng.lognormal(0, 0.05) * (1.5 if new == 8 else 1.0), new)
+
+    run(2000)
+    assert curve.factor(8) == pytest.approx(1.5, rel=0.1)
+    for size in (1, 2, 32, 500):
+        assert curve.factor(size) == pytest.approx(1.0, rel=0.1)
+    run(60, slower=3.0)  # is noticed for all sizes at once
+    assert curve.factor(8) == pytest.approx(4.5, rel=0.2)
+    assert curve.factors(np.array([1.0, 8.0, 32.0])) == pytest.approx([curve.factor(n) for n in (1, 8, 32)])
+    assert curve.factor(32) == pytest.approx(3.0, rel=0.2)
+
+
+@given(new=st.integers(0, 500), rows=st.integers(1, 9), context=st.integers(0, 5000))
+def test_one_pass_costs_what_it_costs_among_many(new: int, rows: int, context: int) -> None:
+    for cost in (VerifyCost((1, 4, 9, 64), (0.01, 0.02, 0.021, 0.05), 1e-4, 1e-6), VerifyCost((3,), (0.01,), -1e-3)):
+        assert cost.at(new, rows, context) == pytest.approx(float(cost(new, rows, context)))

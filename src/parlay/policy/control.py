@@ -7,12 +7,12 @@ from __future__ import annotations
 import logging
 import math
 
-from parlay.policy.cost import LiveScale
-
 logger = logging.getLogger(__name__)
 
 APART = 16  # plans between two control steps, at least
 STEPS = 64  # with bets, after which their gain is judged, and after which an old one counts a third
+ENOUGH, PLAIN = 4, 50  # plain steps before anything is judged, and after which an old one counts a third
+ODD = 0.3  # of a logarithm: what is further off counts as much
 SURE = 2.0  # standard errors that a loss must be clear by
 SHORTEST, LONGEST = 128, 4096  # plans that a pause takes
 
@@ -31,7 +31,7 @@ class Control:
         self._share = share
         self._credit = 0.0  # seconds
         self._since = 0  # plans since the last plain step
-        self._off = LiveScale(memory=50.0)  # measured over predicted seconds of whole plain steps
+        self._plain, self._log = 0, 0.0  # plain steps, and the logarithm of their measured over predicted seconds
         self._pause, self._left = SHORTEST, 0
         self.gain = 0.0
         self._square = 0.0
@@ -66,9 +66,11 @@ class Control:
             return
         if not guesses:
             self._since = 0
-            self._off.observe(seconds_off, seconds)
+            self._learn_plain(math.log(max(seconds, 1e-9) / seconds_off))
             return
-        off = seconds_off * self._off.factor
+        if self._plain < ENOUGH:
+            return
+        off = seconds_off * math.exp(self._log)
         saved = (emitted / rows * off - seconds) / off
         self._steps += 1
         rate = 1 / min(self._steps, STEPS)
@@ -76,6 +78,13 @@ class Control:
         self._square += rate * (saved * saved - self._square)
         if self._steps >= STEPS:
             self._judge()
+
+    def _learn_plain(self, found: float) -> None:
+        self._plain += 1
+        error = found - self._log
+        if self._plain > ENOUGH:
+            error = min(max(error, -ODD), ODD)
+        self._log += error / min(self._plain, PLAIN)
 
     def _judge(self) -> None:
         error = math.sqrt(max(0.0, self._square - self.gain**2) / (2 * STEPS - 1))
