@@ -43,6 +43,7 @@ class StandIn:
         self.breaks: Exception | None = None  # raised by the next step
         self.breaks_on_add: Exception | None = None  # raised by the next add
         self.threads: set[str] = set()
+        self.policy_name = "parrot"
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +71,11 @@ class StandIn:
         if self.breaks is not None:
             raise self.breaks
         return [delta for request, done in list(self.live.values()) for delta in self._advance(request, done)]
+
+    def use_policy(self, name: str) -> None:
+        if name == "none":
+            raise InvalidRequest("policy: there is none", "policy")
+        self.policy_name = name
 
     def status(self) -> EngineStatus:
         choices = sum(request.params.n for request, _ in list(self.live.values()))

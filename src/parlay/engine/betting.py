@@ -9,7 +9,7 @@ import numpy as np
 
 from parlay import registry
 from parlay.bets import Bet, Tree
-from parlay.config import EngineConfig
+from parlay.config import Calibrate, EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.shipped import all_shipped, shipped
 from parlay.engine.model import LoadedModel
@@ -55,25 +55,31 @@ def _make(method: str, tree: Tree | None, loaded: LoadedModel, source: str | Non
     return drafter
 
 
-def policy_for(engine: Engine, name: str | None) -> Policy:
-    """The policy of this name; None stands for what the configured bet calls for.
+def policy_for(engine: Engine, name: str | None, calibrate: Calibrate) -> Policy:
+    """The policy of this name; None stands for what the configured bet calls for, and so does `auto`.
 
     Args:
-        engine: Whose drafters it bets on; idle and new where steps' costs have to be measured first.
+        engine: Whose drafters it bets on.
         name: See `parlay.policy.named`.
+        calibrate: How to measure what steps cost where that was not done before; only `skip` will do for an engine that
+            has work.
 
     Raises:
         ValueError: for an unknown name.
     """
     bet, drafters = engine.config.speculation, engine.drafters
-    if name is None:
+    if name is None or name == "auto":
         if isinstance(bet, Bet):
             return Fixed(bet.method, bet.tree, bet.free)
         name = "goodput" if bet == "auto" else "off"
     if not drafters.by_name:
+        if name != "off" and bet is None:
+            raise ValueError(
+                f"policy {name!r}: there is nothing to bet on with --speculation off; leave one of them out"
+            )
         return Off()
     method = next((method for method in drafters.by_name if method in drafters.sources), next(iter(drafters.by_name)))
-    profile = cache(lambda: profile_for(engine, engine.config.calibrate))
+    profile = cache(lambda: profile_for(engine, calibrate))
     longest = (bet.tree if isinstance(bet, Bet) else drafters.by_name[method].largest).depth
 
     def lengths() -> dict[int, int]:

@@ -73,7 +73,8 @@ class Engine:
         self.acceptor = Acceptor(FreshDraws(generator), self.eos)
         self._streams: dict[int, OutputStream] = {}
         self.policy: Policy = Off()
-        self.policy = policy_for(self, config.policy)
+        self.policy = policy_for(self, config.policy, config.calibrate)
+        self.policy_name = config.policy or "auto"
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -131,6 +132,20 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             failed_drafters=self.drafters.failed,
         )
+
+    def use_policy(self, name: str) -> None:
+        """Lets another policy decide from the next step on; `auto` is the one that the configuration asks for.
+
+        Raises:
+            InvalidRequest: for an unknown name.
+        """
+        try:
+            self.policy = policy_for(self, name, "skip")
+        except ValueError as error:
+            said = str(error).removeprefix("policy ")
+            raise InvalidRequest(f"policy: {said}", "policy") from error
+        self.policy_name = name
+        logger.info("the policy is %s now", name)
 
     # ---- a step ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from parlay.server.contract import ServingEngine
 from parlay.server.errors import CLIENT_GONE, ApiError, install_error_handlers
 from parlay.server.graceful import GRACE_SECONDS, GracefulServer
 from parlay.server.metrics import Metrics
+from parlay.server.schema import parse_policy
 from parlay.server.transport import read_body, unless_gone
 from parlay.server.worker import MAX_QUEUE_SIZE, EngineFailed, EngineWorker, ShuttingDown
 
@@ -62,13 +63,16 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
-        """The routes; all but /health and /metrics ask for the key."""
+        """The routes; all but /health and /metrics ask for the key, and without one there is no /admin."""
         guarded = APIRouter(dependencies=[Depends(self.authorise)])
         guarded.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
         guarded.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
         guarded.add_api_route("/v1/models", self.models, methods=["GET"])
         guarded.add_api_route("/v1/models/{name:path}", self.model_card, methods=["GET"])
         guarded.add_api_route("/version", self.version, methods=["GET"])
+        if self.api_key is not None:  # whoever may change what others get has to show who it is
+            guarded.add_api_route("/admin/policy", self.policy, methods=["GET"])
+            guarded.add_api_route("/admin/policy", self.use_policy, methods=["POST"])
         routes = APIRouter()
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
         routes.add_api_route("/metrics", self.write_metrics, methods=["GET"], response_model=None)
@@ -111,6 +115,14 @@ class Service:
 
     async def version(self) -> dict[str, str]:
         return {"version": __version__}
+
+    async def policy(self) -> dict[str, str]:
+        return {"policy": self.worker.engine.policy_name}
+
+    async def use_policy(self, request: Request) -> dict[str, str]:
+        wish = parse_policy(await read_body(request, self.max_body_bytes))
+        await self.worker.ask(lambda engine: engine.use_policy(wish))
+        return {"policy": wish}
 
     async def _generate(self, prepare: Prepare, request: Request) -> Response:
         body = await read_body(request, self.max_body_bytes)

@@ -25,7 +25,7 @@ class ServingTokenizer(Protocol):
 class ServingEngine(Protocol):
     """Takes requests and turns them into deltas, one step at a time; used from one thread only.
 
-    `status` is called after every step, so it must be cheap.
+    `status` is called after every step, so it must be cheap. `use_policy` raises `InvalidRequest` for an unknown name.
     """
 
     @property
@@ -42,5 +42,10 @@ class ServingEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def step(self) -> list[Delta]: ...
+
+    @property
+    def policy_name(self) -> str: ...
+
+    def use_policy(self, name: str) -> None: ...
 
     def status(self) -> EngineStatus: ...

@@ -146,11 +146,19 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = None
 
 
+class PolicyRequest(_Body):
+    """The body of `POST /admin/policy`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    policy: str
+
+
 Body = TypeVar("Body", bound=GenerationRequest)
 
 _FIELDS = frozenset(
     name
-    for model in (StreamOptions, ContentPart, ChatMessage, ChatCompletionRequest, CompletionRequest)
+    for model in (StreamOptions, ContentPart, ChatMessage, ChatCompletionRequest, CompletionRequest, PolicyRequest)
     for name in model.model_fields
 )
 
@@ -173,11 +181,26 @@ def parse(kind: type[Body], body: bytes) -> Body:
     return request
 
 
+def parse_policy(body: bytes) -> str:
+    """Reads the body of `POST /admin/policy`.
+
+    Raises:
+        InvalidRequest: when it is no `{"policy": NAME}`.
+    """
+    try:
+        return PolicyRequest.model_validate_json(body).policy
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
 def _explain(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     message = first["msg"].replace("Input should be", "must be").replace("Field required", "is required")
     if first["type"] == "json_invalid":
         return InvalidRequest(message.replace("Invalid JSON:", "the body is not valid JSON:"))
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        return InvalidRequest(f"{name}: unknown field; leave it out", name)
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object")
     path = field = ""

@@ -12,13 +12,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from parlay.server.admission import QueueFull, QueueLimit
 from parlay.server.contract import ServingEngine
 from parlay.types import Delta, InvalidRequest, Request
 
 MAX_QUEUE_SIZE = 1024
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,12 @@ class _Release:
 
 
 @dataclass(frozen=True, slots=True)
+class _Ask:
+    question: Callable[[ServingEngine], object]
+    answer: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
@@ -120,7 +127,7 @@ class EngineWorker:
         self.failure: str | None = None  # why the engine is broken; set once, by the engine thread
         self.status = engine.status()  # as of the last turn; replaced by the engine thread
         self._queue_limit = QueueLimit(max_queue_size)
-        self._commands: queue.SimpleQueue[_Add | _Release | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Add | _Release | _Ask | _Stop] = queue.SimpleQueue()
         self._door = threading.Lock()  # nothing is added behind the last command, `_Stop`
         self._closing = False
         self._stopped = False  # the engine thread's
@@ -172,6 +179,19 @@ class EngineWorker:
             raise
         return generation
 
+    async def ask(self, question: Callable[[ServingEngine], T]) -> T:
+        """Puts a question to the engine between two steps; what it raises is raised here.
+
+        Raises:
+            EngineFailed: when the engine is broken or stopping.
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._door:
+            if self._closing:
+                raise ShuttingDown()
+            self._commands.put(_Ask(question, answer))
+        return await answer
+
     def _release(self, requests: Sequence[Request]) -> None:
         self._commands.put(_Release(requests))
 
@@ -195,6 +215,8 @@ class EngineWorker:
                     self._add(generation)
                 case _Release(requests):
                     self._abort(requests)
+                case _Ask(question, answer):
+                    self._answer(question, answer)
                 case _Stop():
                     self._stopped = True
                     self._abort(self._fail_live(ShuttingDown))
@@ -208,7 +230,7 @@ class EngineWorker:
     def _busy(self) -> bool:
         return self.failure is None and self.engine.has_work
 
-    def _waiting_commands(self) -> Iterator[_Add | _Release | _Stop]:
+    def _waiting_commands(self) -> Iterator[_Add | _Release | _Ask | _Stop]:
         """All commands in the queue; the first is waited for when there is nothing else to do."""
         if not self._busy:
             yield self._commands.get()
@@ -220,7 +242,7 @@ class EngineWorker:
 
     def _add(self, generation: Generation) -> None:
         if self.failure is not None:
-            return self._tell(_refuse, generation, EngineFailed(self.failure))
+            return self._tell(_fail, generation.admitted, EngineFailed(self.failure))
         try:
             self._queue_limit.check(self.engine.status(), generation.num_choices)
             for request in generation.requests:
@@ -231,9 +253,19 @@ class EngineWorker:
             if not isinstance(error, InvalidRequest | QueueFull):  # one odd request is no reason to fail all others
                 logger.exception("the engine failed to take a request")
                 error = EngineFailed(f"the engine failed to take this request: {type(error).__name__}: {error}")
-            self._tell(_refuse, generation, error)
+            self._tell(_fail, generation.admitted, error)
         else:
-            self._tell(_admit, generation)
+            self._tell(_settle, generation.admitted, None)
+
+    def _answer(self, question: Callable[[ServingEngine], object], answer: asyncio.Future[Any]) -> None:
+        if self.failure is not None:
+            return self._tell(_fail, answer, EngineFailed(self.failure))
+        try:
+            found = question(self.engine)
+        except Exception as error:  # an odd question is no reason to fail requests
+            self._tell(_fail, answer, error)
+        else:
+            self._tell(_settle, answer, found)
 
     def _abort(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -264,14 +296,14 @@ class EngineWorker:
             self._commands.put(_Stop())
 
 
-def _admit(generation: Generation) -> None:
-    if not generation.admitted.done():  # done when the client left meanwhile
-        generation.admitted.set_result(None)
+def _settle(answer: asyncio.Future[Any], found: object) -> None:
+    if not answer.done():  # done when whoever asked left meanwhile
+        answer.set_result(found)
 
 
-def _refuse(generation: Generation, reason: Exception) -> None:
-    if not generation.admitted.done():
-        generation.admitted.set_exception(reason)
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def _hand_out(mail: dict[Generation, Sequence[Delta] | EngineFailed]) -> None:
