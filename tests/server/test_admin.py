@@ -73,7 +73,7 @@ def test_requests_that_run_go_on_and_end_with_the_same_text(server: Server) -> N
     ("body", "message"),
     [
         ({"policy": "goodputt"}, "policy: unknown name 'goodputt' among policies; did you mean 'goodput'"),
-        ({"policy": "fixed:77"}, "policy: policy 'fixed:77': write a length from 1 to"),
+        ({"policy": "fixed:77"}, "policy: 'fixed:77': write a length from 1 to"),
         ({"policy": 3}, "policy: must be a valid string"),
         ({}, "policy: is required"),
         ({"policy": "off", "depth": 2}, "depth: "),

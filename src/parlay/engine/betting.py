@@ -74,9 +74,7 @@ def policy_for(engine: Engine, name: str | None, calibrate: Calibrate) -> Policy
         name = "goodput" if bet == "auto" else "off"
     if not drafters.by_name:
         if name != "off" and bet is None:
-            raise ValueError(
-                f"policy {name!r}: there is nothing to bet on with --speculation off; leave one of them out"
-            )
+            raise ValueError(f"policy {name!r}: with speculation off there is nothing to bet on; leave one of them out")
         return Off()
     method = next((method for method in drafters.by_name if method in drafters.sources), next(iter(drafters.by_name)))
     profile = cache(lambda: profile_for(engine, calibrate))
