@@ -109,6 +109,15 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel="Server")
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write arrivals, lengths and outcomes, but no text, to this file, which parlay simulate --trace "
+            "replays under any policy.",
+            metavar="FILE",
+            rich_help_panel="Server",
+        ),
+    ] = None,
     compile: Annotated[
         Compile,
         typer.Option(
@@ -139,6 +148,7 @@ def serve(
         max_queue_size=max_queue_size,
         max_body_bytes=max_body_size,
         access_log=access_log,
+        record=record,
     )
 
 

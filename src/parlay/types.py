@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -227,9 +227,18 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One bet, or None for none, per row."""
+    """One bet, or None for none, per row; and the methods whose offers the next plan will not look at."""
 
     bets: tuple[Bet | None, ...]
+    resting: Container[str] = ()
+
+
+class _Everything:
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+EVERYTHING: Container[str] = _Everything()
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +305,23 @@ class Delta:
     stats: SpeculationStats = SpeculationStats()
     method: str | None = None
     queued: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """A whole step, for those who listen.
+
+    Attributes:
+        rows: Of the step.
+        result: What became of them.
+        deltas: What each row gained, empty ones too.
+        ended: When it was over, in seconds on `time.perf_counter`'s clock.
+    """
+
+    rows: Sequence[Row]
+    result: StepResult
+    deltas: Sequence[Delta]
+    ended: float
 
 
 @dataclass(frozen=True, slots=True)

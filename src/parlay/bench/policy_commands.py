@@ -16,6 +16,15 @@ _acceptance = typer.Option(
     metavar="FILE|P,..",
     rich_help_panel="Costs and odds",
 )
+_simulated_profile = typer.Option(
+    help=f"What steps cost: a file, or a built-in name; by default that of the recording, or {PROFILE}.",
+    rich_help_panel="Costs and odds",
+)
+_simulated_acceptance = typer.Option(
+    help="As for parlay plan; by default that of the recording, or 0.7.",
+    metavar="FILE|P,..",
+    rich_help_panel="Costs and odds",
+)
 _method = typer.Option(
     help="Whose guesses written probabilities are; by default the profile's first drafter.",
     rich_help_panel="Costs and odds",
@@ -70,8 +79,8 @@ def plan(
 
 
 def simulate(
-    profile: Annotated[str, _profile] = PROFILE,
-    acceptance: Annotated[str, _acceptance] = "0.7",
+    profile: Annotated[str | None, _simulated_profile] = None,
+    acceptance: Annotated[str | None, _simulated_acceptance] = None,
     method: Annotated[str | None, _method] = None,
     policies: Annotated[
         str,
@@ -108,7 +117,8 @@ def simulate(
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of a rate: a CSV of arrivals with TIMESTAMP, ContextTokens and GeneratedTokens.",
+            help="Instead of a rate: a recording of parlay serve --record, or a CSV of arrivals with TIMESTAMP, "
+            "ContextTokens and GeneratedTokens.",
             metavar="FILE",
             rich_help_panel="Load",
         ),
@@ -139,14 +149,19 @@ def simulate(
         typer.Option(help="Whom a request is given to.", rich_help_panel="Servers"),
     ] = "least_loaded",
     max_num_seqs: Annotated[
-        int, typer.Option(help="Rows that a server runs at a time.", rich_help_panel="Servers", min=1)
-    ] = 256,
+        int | None,
+        typer.Option(help="Rows that a server runs at a time, by default 256.", rich_help_panel="Servers", min=1),
+    ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens of prompts in one step.", rich_help_panel="Servers", min=1)
-    ] = 2048,
+        int | None,
+        typer.Option(help="Tokens of prompts in one step, by default 2048.", rich_help_panel="Servers", min=1),
+    ] = None,
     kv_tokens: Annotated[
-        int, typer.Option(help="Tokens that fit into a server's KV cache.", rich_help_panel="Servers", min=1)
-    ] = 400_000,
+        int | None,
+        typer.Option(
+            help="Tokens that fit into a server's KV cache, by default 400000.", rich_help_panel="Servers", min=1
+        ),
+    ] = None,
     noise: Annotated[
         float,
         typer.Option(help="Spread of the time of steps, as a share of it.", rich_help_panel="Servers", min=0, max=1),
@@ -163,7 +178,10 @@ def simulate(
     json_to: Annotated[str | None, _json] = None,
     plot: Annotated[Path | None, _plot] = None,
 ) -> None:
-    """Compare policies under load without a model: latency, goodput, and how far they bet over time."""
+    """Compare policies under load without a model: latency, goodput, and how far they bet over time.
+
+    A recording brings the server's own costs, limits and outcomes along, unless they are given.
+    """
     from parlay.bench.simulating import Settings, run
 
     run(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,22 +20,27 @@ from parlay.bench.planning import acceptance_of, first_drafter
 from parlay.bench.report import Spread, console, progress, table
 from parlay.policy.acceptance import MethodAcceptance, Reliability
 from parlay.policy.base import Policy
+from parlay.policy.cost import Profile
 from parlay.policy.goodput import Goodput
 from parlay.policy.named import Situation, make, offered
 from parlay.policy.profiles import read_profile
+from parlay.policy.recording import Recorded, is_recording, read_recording
 from parlay.policy.server import Server
 from parlay.policy.simulate import Router, check_fits, simulate
 from parlay.policy.trees import Ints
 from parlay.policy.workload import Kind, Phase, Workload, draw, read_kinds, read_trace
+
+PROFILE, ACCEPTANCE = "h100-llama-8b", "0.7"
+LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "kv_tokens": 400_000}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What to simulate; see the options of the command for each."""
 
-    profile: str
-    acceptance: str
     policies: tuple[str, ...]
+    profile: str | None = None
+    acceptance: str | None = None
     method: str | None = None
     size: int = 16
     depth: int = 8
@@ -47,9 +53,9 @@ class Settings:
     seeds: int = 3
     replicas: int = 1
     router: Router = "least_loaded"
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    kv_tokens: int = 400_000
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_tokens: int | None = None
     noise: float = 0.0
     reuse: int = 4
 
@@ -188,13 +194,35 @@ def _optional(values: np.ndarray) -> tuple[float | None, ...]:
 
 
 def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situation]:
-    profile = read_profile(settings.profile)
-    kinds = read_kinds(settings.acceptance, settings.method or first_drafter(profile))
-    server = Server(profile, settings.max_num_seqs, settings.max_num_batched_tokens, settings.kv_tokens, settings.noise)
-    work = _workload(settings, load, kinds, seed)
-    acceptance_of(kinds, profile)  # refuses methods that have no costs
+    recorded = _recorded(settings.trace)
+    profile = _profile(settings, recorded)
+    limits = {
+        name: getattr(settings, name) or (usual if recorded is None else recorded.about[name])
+        for name, usual in LIMITS.items()
+    }
+    server = Server(profile, **limits, noise=settings.noise)
+    if recorded is not None and settings.acceptance is None:
+        kinds, work = recorded.kinds, recorded.workload
+    else:
+        kinds = read_kinds(settings.acceptance or ACCEPTANCE, settings.method or first_drafter(profile))
+        work = _workload(settings, load, kinds, seed)
+        acceptance_of(kinds, profile)  # refuses methods that have no costs
     offers = offered(kinds, settings.size, settings.depth)
     return server, Situation(profile, kinds, work, offers, settings.reuse)
+
+
+def _profile(settings: Settings, recorded: Recorded | None) -> Profile:
+    if settings.profile is not None or recorded is None:
+        return read_profile(settings.profile or PROFILE)
+    if recorded.profile is None:
+        raise ValueError("profile: the server that was recorded knew none; name one with --profile")
+    return recorded.profile
+
+
+@lru_cache(maxsize=1)
+def _recorded(trace: Path | None) -> Recorded | None:
+    """The recording that a trace is, if it is one."""
+    return read_recording(trace) if trace is not None and is_recording(trace) else None
 
 
 def _workload(settings: Settings, load: Load, kinds: tuple[Kind, ...], seed: int) -> Workload:
@@ -203,7 +231,11 @@ def _workload(settings: Settings, load: Load, kinds: tuple[Kind, ...], seed: int
     if load.phases is not None:
         return _first(settings, load.phases[0], kinds, seed)
     assert settings.trace is not None
-    arrival, (prompt, output) = read_trace(settings.trace)
+    recorded = _recorded(settings.trace)
+    if recorded is not None:
+        arrival, prompt, output = recorded.workload.arrival, recorded.workload.prompt, recorded.workload.output
+    else:
+        arrival, (prompt, output) = read_trace(settings.trace)
     rng, shares = np.random.default_rng(seed), np.array([kind.share for kind in kinds])
     return Workload(arrival, prompt, output, rng.choice(len(kinds), size=len(arrival), p=shares / shares.sum()))
 
@@ -282,7 +314,9 @@ def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
     out = console()
     for load in dict.fromkeys(outcome.load for outcome in outcomes):
         some = [outcome for outcome in outcomes if outcome.load == load]
-        out.print(table(_title(load, some, settings), COLUMNS, list(_lines(some))))
+        measured = _recorded(settings.trace)
+        lines = [*_lines(some), *([] if measured is None else [_measured(measured)])]
+        out.print(table(_title(load, some, settings), COLUMNS, lines))
         for outcome in some:
             if outcome.calibration_error is not None and outcome.seed == 0:
                 points = 100 * outcome.calibration_error
@@ -297,7 +331,24 @@ COLUMNS = (
 
 def _title(load: str, some: Sequence[Outcome], settings: Settings) -> str:
     where = f" over {settings.replicas} replicas" if settings.replicas > 1 else ""
-    return f"{settings.profile}, {load}{where}: {some[0].requests} requests, {settings.seeds} seeds; means over seeds"
+    profile = settings.profile or (PROFILE if _recorded(settings.trace) is None else "as recorded")
+    return f"{profile}, {load}{where}: {some[0].requests} requests, {settings.seeds} seeds; means over seeds"
+
+
+def _measured(recorded: Recorded) -> tuple[object, ...]:
+    """What the server itself took, under the policy that it had."""
+    latency, work = recorded.latency, recorded.workload
+    per_token = (latency - recorded.ttft) / np.maximum(work.output - 1, 1)
+    span = float((work.arrival + latency).max() - work.arrival.min())
+    return (
+        f"measured ({recorded.about['policy']})",
+        f"{latency.mean():.3f}",
+        f"{np.percentile(latency, 99):.3f}",
+        f"{np.median(recorded.ttft):.3f}",
+        f"{1000 * np.median(per_token):.2f}",
+        f"{work.output.sum() / span:.0f}",
+        *("",) * 5,
+    )
 
 
 def _lines(some: Sequence[Outcome]) -> Iterator[tuple[object, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Self
 
@@ -189,11 +189,17 @@ class Drafters:
     def compilables(self) -> list[Compilable]:
         return [layers for drafter in self.by_name.values() for layers in drafter.compilables()]
 
-    def offer(self, rows: Sequence[Row]) -> list[list[Offer]]:
-        """Per row, every drafter's offer; rows that may not guess get none."""
+    def offer(self, rows: Sequence[Row], resting: Container[str] = ()) -> list[list[Offer]]:
+        """Per row, every drafter's offer, but of those that rest and that no row has asked for by name.
+
+        Rows that may not guess get none.
+        """
         offers: list[list[Offer]] = [[] for _ in rows]
         willing = [i for i, row in enumerate(rows) if row.max_depth > 0]
+        wanted = {bet.method for row in rows if (bet := row.own_bet) is not None}
         for drafter in self._working():
+            if drafter.name in resting and drafter.name not in wanted:
+                continue
             with self._or_off(drafter):
                 found = drafter.offer([rows[i] for i in willing])
                 shown = [offer for offer in found if offer is not None and offer.tokens is not None]

@@ -19,6 +19,7 @@ class _Held:
     """One row as it was seen last."""
 
     filled: int = 0
+    first: int = 0  # page; those before it are not wanted
     pages: list[int] = field(default_factory=list)  # those of tokens[:filled]
     prints: list[int] = field(default_factory=lambda: [0])  # of everything before page i
 
@@ -46,6 +47,16 @@ class Coverage:
             self._trusted.add(row.seq)
         return held.filled
 
+    def first_page(self, row: Row) -> int:
+        """Pages of the row before this one are not wanted."""
+        held = self._rows.get(row.seq)
+        return 0 if held is None else held.first
+
+    def leave_out(self, row: Row, page: int) -> None:
+        """The row's pages before this one will never be read; what is there of the others does not count either."""
+        held = self._rows[row.seq]
+        held.first, held.filled, held.pages = page, page * self._size, row.pages[:page]
+
     def end_step(self, rows: Sequence[Row]) -> None:
         """These rows ran. One that did not may come back with the same pages, which had served others meanwhile."""
         self._trusted.intersection_update(row.seq for row in rows)
@@ -65,7 +76,7 @@ class Coverage:
         self._rows.pop(seq, None)
 
     def _walk(self, row: Row, held: _Held) -> int:
-        for index, page in enumerate(row.pages[: -(-row.length // self._size)]):
+        for index, page in enumerate(row.pages[held.first : -(-row.length // self._size)], start=held.first):
             before, tokens = self._marks.get(page, (None, array("i")))
             here = row.tokens[index * self._size : min(row.length, (index + 1) * self._size)]
             same = 0

@@ -38,6 +38,7 @@ class Eagle(LevelDrafter):
     """
 
     name = "eagle"
+    window = 128  # features tell of what came before, so little is lost by reading no more of a long prompt
 
     def __init__(self, head: EagleHead, tree: Tree, target: LoadedModel, seed: int = 0) -> None:
         super().__init__(tree, target.device, seed)

@@ -99,12 +99,13 @@ class Growth:
             self.frontier = [node for node in new if node in self.places]
         self.ran += self.frontier
 
-    def packed(self, page_size: int) -> PackedRow:
+    def packed(self, page_size: int, first_page: int = 0) -> PackedRow:
         """The frontier's nodes, to be run."""
         place = {-1: -1} | {node: index for index, node in enumerate(self.ran)}
         tree = Tree(tuple(place[self.parents[node]] for node in self.ran))
         guesses = [self.tokens[node] for node in self.frontier]
-        return pack_row((), self.row.length, self.row.pages, page_size, tree, guesses)
+        pages, known = self.row.pages[first_page:], self.row.length - first_page * page_size
+        return pack_row((), known, pages, page_size, tree, guesses)
 
     def path(self, node: int) -> Path:
         """What the processing of the logits behind a node may depend on; -1 is the root."""

@@ -34,6 +34,7 @@ class LevelDrafter(Drafter):
     """
 
     owns_kv = True
+    window: int | None = None  # tokens that it reads at least of a row of which it has missed more than twice as many
     ids: torch.Tensor | None = None  # [V] the target's tokens of its logits; None where they are all of them
 
     def __init__(self, tree: Tree, device: torch.device, seed: int = 0) -> None:
@@ -64,7 +65,12 @@ class LevelDrafter(Drafter):
 
     def read_from(self, row: Row) -> int:
         """The first known token that it still has to read."""
-        return min(self.coverage.of(row), row.length - 1)
+        first = min(self.coverage.of(row), row.length - 1)
+        if self.window is None or row.length - first <= 2 * self.window:
+            return first
+        page = (row.length - self.window) // self.page_size
+        self.coverage.leave_out(row, page)
+        return page * self.page_size
 
     def note_read(self, row: Row, end: int, guesses: int = 0) -> None:
         """It has read tokens up to `end`, and written so many guesses behind all known ones."""
@@ -91,7 +97,7 @@ class LevelDrafter(Drafter):
             growing = [growth for growth in growing if growth.frontier]
             if growing:
                 parents = [line_of[g.row.seq, g.parents[node]] for g in growing for node in g.frontier]
-                packed = [growth.packed(self.page_size) for growth in growing]
+                packed = [growth.packed(self.page_size, self.coverage.first_page(growth.row)) for growth in growing]
                 batch = join(packed, [True] * len(packed), self.device)
                 logits = self.forward(batch, parents)
         for growth in growths.values():
@@ -116,15 +122,18 @@ class LevelDrafter(Drafter):
                 end = min(end, first + budget)
                 budget -= end - first
             if end > first:
-                packed[row.seq] = row, pack_row(row.tokens[first:end], end, row.pages, self.page_size)
+                skipped = self.coverage.first_page(row)
+                pages, held = row.pages[skipped:], end - skipped * self.page_size
+                packed[row.seq] = row, pack_row(row.tokens[first:end], held, pages, self.page_size)
         if not packed:
             return {}, torch.zeros(0)
         reading = [packed[row.seq] for row in rows if row.seq in packed]
-        through = [line.end == row.length for row, line in reading]
+        ends = [line.end + self.coverage.first_page(row) * self.page_size for row, line in reading]
+        through = [end == row.length for end, (row, _) in zip(ends, reading, strict=True)]
         batch = join([line for _, line in reading], through, self.device)
         logits = self.forward(batch, None)
-        for row, line in reading:
-            self.note_read(row, line.end)
+        for end, (row, _) in zip(ends, reading, strict=True):
+            self.note_read(row, end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
         growths = {
             row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])), self.eos)

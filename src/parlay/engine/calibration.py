@@ -33,9 +33,9 @@ from parlay.policy.cost import (
     nonnegative_least_squares,
     relative_errors,
 )
-from parlay.policy.fixed import Off
+from parlay.policy.fixed import Fixed, Off
 from parlay.policy.trees import Floats, Ints, overlap, subtree
-from parlay.types import Request, Row, SamplingParams, StepResult
+from parlay.types import Offer, Request, Row, SamplingParams, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine
@@ -46,11 +46,14 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 NEW = (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)  # tokens of a row in a pass: its last known one, and guesses
 CONTEXTS = (32, 256, 1024)
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-ROUNDS = {"quick": 3, "full": 9}
+MOST_CONTEXT = 8192  # tokens in KV of all rows: more would take memory that nobody may ever need
+PASSES = {"quick": 5, "full": 20}  # of every shape are enough
+DRAFTS = {"quick": 3, "full": 9}  # times that every draft is made
 HELD_OUT = 5  # of so many shapes one is only predicted
 TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
 MOST_SECONDS = {"quick": 15.0, "full": 60.0}
 HOST_PROMPT, HOST_STEPS = 8, 12
+READ = 192  # tokens of a prompt that drafters read late
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class Limits:
             and shape.rows * shape.new <= self.new
             and span <= self.context
             and held <= self.pages
+            and shape.rows * shape.context <= MOST_CONTEXT
         )
 
 
@@ -196,8 +200,10 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
     drafts = {}
     guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
     for place, drafter in enumerate(guessing):
-        drafts[drafter.name] = _time_drafter(watch, drafter, limits, ROUNDS[how])
+        reading = _time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
+        drafts[drafter.name] = _time_drafter(watch, drafter, limits, DRAFTS[how], reading)
         advance(0.7 + 0.2 * (place + 1) / len(guessing))
+    drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
     host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
     advance(1.0)
     profile, errors = _fitted(passes, drafts, host, engine)
@@ -210,19 +216,26 @@ Timed = dict[Shape, list[float]]
 def _time_passes(
     watch: Stopwatch, wanted: Sequence[Shape], how: Literal["quick", "full"], advance: Callable[[float], None]
 ) -> tuple[Timed, Timed]:
-    """Seconds of passes and of choosing, by shape; all shapes take turns, so that a slow moment is nobody's alone."""
+    """Seconds of passes and of choosing, by shape.
+
+    The shape that has had least time is next, so that all have had as much, and a slow moment is nobody's alone; those
+    that take longest are measured once. Their first passes count for nothing: they are the first to touch their pages.
+    """
     passes, choices = ({shape: list[float]() for shape in wanted} for _ in range(2))
-    order, end = list(wanted), time.monotonic() + 0.7 * MOST_SECONDS[how]
-    watch.verify(order[0])  # the first of all is slow
-    for turn in range(ROUNDS[how]):
-        random.Random(turn).shuffle(order)
-        for done, shape in enumerate(order):
-            seconds, choosing = watch.verify(shape)
-            passes[shape].append(seconds)
-            choices[shape].append(choosing)
-            advance((turn + done / len(order)) / ROUNDS[how])
-            if time.monotonic() > end and turn:
-                return passes, choices
+    chance, began = random.Random(0), time.monotonic()
+    spent = dict.fromkeys(wanted, 0.0)
+    for shape in wanted:
+        if shape.context > CONTEXTS[0] or shape == wanted[0]:
+            watch.verify(shape)
+    share = 0.0
+    while (share < 1.0 and min(map(len, passes.values())) < PASSES[how]) or min(spent.values()) == 0.0:
+        shape = min(wanted, key=lambda some: (spent[some], chance.random()))
+        seconds, choosing = watch.verify(shape)
+        passes[shape].append(seconds)
+        choices[shape].append(choosing)
+        spent[shape] += seconds + choosing
+        share = (time.monotonic() - began) / (0.7 * MOST_SECONDS[how])
+        advance(min(1.0, share))
     return passes, choices
 
 
@@ -234,15 +247,14 @@ def _per_guess(choices: Timed) -> float:
     return float(nonnegative_least_squares(features, np.ones(len(rows)))[2])
 
 
-def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int) -> DraftCost:
-    """What a drafter's levels, rows and guesses cost, and what reading does that it has missed."""
+def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int, per_catch_up: float) -> DraftCost:
+    """What a drafter's levels, rows and guesses cost."""
     lines: list[tuple[float, ...]] = []
-    catching_up: list[float] = []
     for shape in (Shape(1, 64, 1), Shape(4, 64, 1), Shape(16, 64, 1), Shape(1, 480, 1), Shape(4, 480, 1)):
         if not limits.allows(shape):
             continue
         rows = watch.rows(shape)
-        first, ready = watch.draft(drafter, rows, TREES[0])
+        _, ready = watch.draft(drafter, rows, TREES[0])
         for _ in range(2 * shape.rows * shape.context // 32):  # what a drafter reads of missed tokens in one step
             if ready:
                 break
@@ -251,8 +263,6 @@ def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: in
             seconds = statistics.median(watch.draft(drafter, rows, tree)[0] for _ in range(rounds))
             held = shape.rows * shape.context
             lines.append((1.0, tree.depth, shape.rows, shape.rows * len(tree), held, seconds))
-            if drafter.owns_kv and shape.rows == 1 and tree is TREES[0]:
-                catching_up.append(max(0.0, first - seconds) / min(shape.context, limits.new))
         for row in rows:
             drafter.forget(row.seq)
     if not lines:
@@ -260,7 +270,48 @@ def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: in
         return DraftCost()
     table = np.array(lines)
     fitted = nonnegative_least_squares(table[:, :-1] / table[:, -1:], np.ones(len(table)))
-    return DraftCost(*map(float, fitted), per_catch_up=min(catching_up, default=0.0))
+    return DraftCost(*map(float, fitted), per_catch_up=per_catch_up)
+
+
+class _Late:
+    """Bets one guess of a drafter once a prompt is read, which it then has to read as well.
+
+    Attributes:
+        seconds: Of every draft, with the tokens that had to be read first.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._method, self._catch_up = method, 0
+        self.seconds: list[tuple[int, float]] = []
+
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+        """See `Policy.plan`."""
+        plan = Fixed(self._method, TREES[0]).plan(rows, offers, budget)
+        bets = [bet if row.count == 1 else None for row, bet in zip(rows, plan.bets, strict=True)]
+        self._catch_up = sum(o.catch_up for some in offers for o in some if o.method == self._method)
+        return StepPlan(tuple(bets))
+
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
+        """See `Policy.observe`."""
+        if any(got.method == self._method for got in result.rows):
+            self.seconds.append((self._catch_up, result.seconds["draft"]))
+
+
+def _time_reading(engine: Engine, drafter: Drafter, rounds: int) -> float:
+    """Seconds for a token that a drafter reads late, of real requests."""
+    policy, late = engine.policy, _Late(drafter.name)
+    engine.policy, chance = late, random.Random(1)
+    length = min(READ, engine.max_model_len - 8, engine.config.max_num_batched_tokens)
+    for number in range(rounds):  # of different prompts, or there would be nothing to read
+        prompt = tuple(chance.randrange(min(1000, engine.vocab_size)) for _ in range(length))
+        engine.add(
+            Request(f"calibration {number}", prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+        )
+        while engine.has_work:
+            engine.step()
+    engine.policy = policy
+    usual = statistics.median([seconds for missed, seconds in late.seconds if not missed] or [0.0])
+    return statistics.median([max(0.0, s - usual) / missed for missed, s in late.seconds if missed] or [0.0])
 
 
 class _Noted(Off):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +29,7 @@ from parlay.engine.tokenizer import Tokenizer
 from parlay.policy.base import Policy
 from parlay.policy.fixed import Off
 from parlay.policy.own_bets import plan_around
-from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepResult
+from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepReport, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class Engine:
         generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
         self.acceptor = Acceptor(FreshDraws(generator), self.eos)
         self._streams: dict[int, OutputStream] = {}
+        self._resting: Container[str] = ()  # methods whose offers nobody will look at
+        self.listeners: list[Callable[[StepReport], None]] = []
         self.policy: Policy = Off()
         self.policy = policy_for(self, config.policy, config.calibrate)
         self.policy_name = config.policy or "auto"
@@ -140,7 +142,7 @@ class Engine:
             InvalidRequest: for an unknown name.
         """
         try:
-            self.policy = policy_for(self, name, "skip")
+            self.policy, self._resting = policy_for(self, name, "skip"), ()
         except ValueError as error:
             said = str(error).removeprefix("policy ")
             raise InvalidRequest(f"policy: {said}", "policy") from error
@@ -157,8 +159,9 @@ class Engine:
         if not rows:
             return []
         lap("schedule")
-        offers = self.drafters.offer(rows)
+        offers = self.drafters.offer(rows, self._resting)
         plan = plan_around(self.policy, [row.own_bet for row in rows], rows, offers, self.scheduler.budget)
+        self._resting = plan.resting
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
@@ -175,8 +178,19 @@ class Engine:
         self.scheduler.commit(rows, kept)
         self._finish(rows, deltas)
         lap("commit")
-        self.policy.observe(rows, StepResult(outcome, lap.seconds))  # an output's end is not a rejection
+        result = StepResult(outcome, lap.seconds)
+        self.policy.observe(rows, result)  # an output's end is not a rejection
+        if self.listeners:
+            self._tell(StepReport(rows, result, deltas, lap.ended))
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
+
+    def _tell(self, report: StepReport) -> None:
+        for listener in tuple(self.listeners):
+            try:
+                listener(report)
+            except Exception:  # a full disk, say: nobody's request ends for it
+                logger.exception("a listener failed and hears no more steps")
+                self.listeners.remove(listener)
 
     def _read_out(
         self, rows: list[Row], results: tuple[RowResult, ...], began: float
@@ -235,6 +249,10 @@ class _Laps:
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
+
+    @property
+    def ended(self) -> float:
+        return self._last
 
 
 def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:

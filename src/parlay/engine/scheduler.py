@@ -239,7 +239,7 @@ class Scheduler:
                 while len(row.pages) * size < len(row.tokens) + len(bet.tree):
                     row.pages.append(self.blocks.take())
             bets.append(bet)
-        return StepPlan(tuple(bets))
+        return replace(plan, bets=tuple(bets))
 
     def commit(self, rows: list[Row], results: tuple[RowResult, ...]) -> None:
         """Appends what was emitted, keeps the pages of accepted tokens, publishes full ones and frees the rest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,7 +43,8 @@ class Clock:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self.verify, self.drafting, self.host = LiveCurve(), LiveScale(), LiveScale()
+        self.verify, self.host = LiveCurve(), LiveScale()
+        self.drafting, self.catching_up = LiveScale(), LiveScale(memory=5.0)
 
     def seconds(self, load: Load, room: int) -> Floats:
         """[room + 1] seconds of a step by its guesses, without the drafters'."""
@@ -54,7 +55,26 @@ class Clock:
 
     def draft(self, method: str) -> DraftCost:
         """What a drafter takes."""
-        return self.profile.draft(method).scaled(self.drafting.factor)
+        cost = self.profile.draft(method)
+        return replace(cost.scaled(self.drafting.factor), per_catch_up=self.catching_up.factor * cost.per_catch_up)
+
+    def learnt(self) -> Profile:
+        """The profile as it has turned out to be."""
+        verify, knots = self.profile.verify, np.array(self.profile.verify.knots, dtype=np.float64)
+        seconds = np.maximum.accumulate(np.array(verify.seconds) * self.verify.factors(knots))
+        scale = self.verify.scale.factor
+        return replace(
+            self.profile,
+            verify=replace(
+                verify,
+                seconds=tuple(seconds.tolist()),
+                per_row=scale * verify.per_row,
+                per_context=scale * verify.per_context,
+                per_pair=scale * verify.per_pair,
+            ),
+            drafts={method: self.draft(method) for method in self.profile.drafts},
+            host=self.profile.host.scaled(self.host.factor),
+        )
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult, catch_up: Mapping[int, int]) -> float:
         """Learns from the times of a step, and says what it would have taken without guesses, in seconds.
@@ -82,9 +102,13 @@ class Clock:
         passed = profile.verify.at(new + guesses, count, known) if guesses else plain
         self.verify.observe(passed, verify, new + guesses)
         self.host.observe(profile.host(count, guesses), host)
-        expected = 0.0
+        guessing = reading = 0.0
         for method, some in drafted.items():
             cost = profile.draft(method)
-            expected += cost(some.levels, some.rows, some.guesses, some.context) + cost.per_catch_up * some.catch_up
-        self.drafting.observe(expected, draft)
+            guessing += cost(some.levels, some.rows, some.guesses, some.context)
+            reading += cost.per_catch_up * some.catch_up
+        if reading > guessing:
+            self.catching_up.observe(reading, draft - self.drafting.factor * guessing)
+        elif not reading:
+            self.drafting.observe(guessing, draft)
         return off

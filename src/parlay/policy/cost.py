@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,22 +32,25 @@ class VerifyCost:
             along lines; fewer tokens than the first take as long as it.
         per_row: Seconds for every row.
         per_context: Seconds for every token in KV that is attended to.
+        per_pair: Seconds for every new token and every token in KV of its row.
 
-    The two may be below 0, as regressions of others have them; a pass takes no less than `seconds` begins with.
+    The rest may be below 0, as regressions of others have it; a pass takes no less than `seconds` begins with.
     """
 
     knots: tuple[int, ...]
     seconds: tuple[float, ...]
     per_row: float = 0.0
     per_context: float = 0.0
+    per_pair: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.knots or len(self.knots) != len(self.seconds):
             raise ValueError("knots, seconds: must be equally many, and at least one")
         if any(a >= b for a, b in itertools.pairwise(self.knots)):
             raise ValueError("knots: must rise")
-        if not all(map(math.isfinite, (*self.seconds, self.per_row, self.per_context))) or self.seconds[0] < 0:
-            raise ValueError("seconds, per_row, per_context: must be finite, and seconds not negative")
+        rest = self.per_row, self.per_context, self.per_pair
+        if not all(map(math.isfinite, (*self.seconds, *rest))) or self.seconds[0] < 0:
+            raise ValueError("seconds, per_row, per_context, per_pair: must be finite, and seconds not negative")
 
     @classmethod
     def linear(cls, fixed: float, per_token: float, per_row: float = 0.0, per_context: float = 0.0) -> VerifyCost:
@@ -61,7 +64,8 @@ class VerifyCost:
         if len(knots) > 1:
             slope = (seconds[-1] - seconds[-2]) / (knots[-1] - knots[-2])
             curve = curve + slope * np.maximum(0.0, n - knots[-1])
-        return np.maximum(curve + (self.per_row * rows + self.per_context * context), seconds[0])
+        attention = (self.per_context + self.per_pair / max(rows, 1) * n) * context
+        return np.maximum(curve + self.per_row * rows + attention, seconds[0])
 
     def at(self, new: int, rows: int, context: int) -> float:
         """The same for one pass, without NumPy's overhead."""
@@ -72,7 +76,8 @@ class VerifyCost:
         else:
             share = (new - knots[place - 1]) / (knots[place] - knots[place - 1])
             curve = seconds[place - 1] + share * (seconds[place] - seconds[place - 1])
-        return max(curve + self.per_row * rows + self.per_context * context, seconds[0])
+        attention = (self.per_context + self.per_pair / max(rows, 1) * new) * context
+        return max(curve + self.per_row * rows + attention, seconds[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,10 @@ class HostCost:
     per_row: float = 0.0
     per_guess: float = 0.0
 
+    def scaled(self, factor: float) -> HostCost:
+        """The same on a machine that is so much slower."""
+        return HostCost(factor * self.per_step, factor * self.per_row, factor * self.per_guess)
+
     def __call__(self, rows: float, guesses: N) -> N:
         return self.per_guess * guesses + (self.per_step + self.per_row * rows)
 
@@ -161,6 +170,20 @@ class Profile:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    def of(cls, written: Mapping[str, Any]) -> Profile:
+        """From what `dataclasses.asdict` makes of one.
+
+        Raises:
+            ValueError: for anything else, or some other error.
+        """
+        found = dict(written)
+        verify = found.pop("verify")
+        curve = VerifyCost(**{**verify, "knots": tuple(verify["knots"]), "seconds": tuple(verify["seconds"])})
+        drafts = {name: DraftCost(**cost) for name, cost in found.pop("drafts", {}).items()}
+        host = HostCost(**found.pop("host", {}))
+        return cls(**found, verify=curve, drafts=drafts, host=host)
+
+    @classmethod
     def load(cls, path: Path) -> Profile:
         """Reads what `save` wrote.
 
@@ -168,12 +191,7 @@ class Profile:
             ValueError: naming the file and what is wrong with it.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            verify = found.pop("verify")
-            curve = VerifyCost(**{**verify, "knots": tuple(verify["knots"]), "seconds": tuple(verify["seconds"])})
-            drafts = {name: DraftCost(**cost) for name, cost in found.pop("drafts", {}).items()}
-            host = HostCost(**found.pop("host", {}))
-            return cls(**found, verify=curve, drafts=drafts, host=host)
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # the first is JSON's and Unicode's, too
             raise ValueError(f"{path} is not a profile: {error}") from error
 
@@ -201,10 +219,9 @@ def fit_verify(new: Ints, rows: Ints, context: Ints, seconds: Floats, knots: Seq
     for low, high in itertools.pairwise(knots):
         top = np.inf if high == knots[-1] else 1.0
         parts.append(np.clip((new - low) / (high - low), 0.0, top))
-    features = np.stack([*parts, rows, context], axis=1) / seconds[:, None]
-    *steps, per_row, per_context = nonnegative_least_squares(features, np.ones(len(seconds)))
-    levels = np.cumsum(steps)
-    cost = VerifyCost(tuple(knots), tuple(map(float, levels)), float(per_row), float(per_context))
+    features = np.stack([*parts, rows, context, new * context / rows], axis=1) / seconds[:, None]
+    *steps, per_row, per_context, per_pair = map(float, nonnegative_least_squares(features, np.ones(len(seconds))))
+    cost = VerifyCost(tuple(knots), tuple(np.cumsum(steps).tolist()), per_row, per_context, per_pair)
     return Fit(cost, *relative_errors(cost, new, rows, context, seconds))
 
 

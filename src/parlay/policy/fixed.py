@@ -9,7 +9,7 @@ from parlay.bets import NO_TREE, Bet, Tree
 from parlay.policy.base import PolicyRow
 from parlay.policy.synergy import LengthTable
 from parlay.policy.trees import overlap, subtree
-from parlay.types import Offer, StepPlan, StepResult
+from parlay.types import EVERYTHING, Offer, StepPlan, StepResult
 
 
 def bet_alike(wanted: Bet, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
@@ -29,7 +29,7 @@ class Off:
     """Never bets."""
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
-        return StepPlan((None,) * len(rows))
+        return StepPlan((None,) * len(rows), resting=EVERYTHING)
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         pass

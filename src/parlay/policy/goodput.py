@@ -27,7 +27,7 @@ from parlay.types import Offer, RowResult, StepPlan, StepResult
 
 PRIOR = (0.5, 0.1, 0.05, 0.03)
 FRESH = 16  # plans after which all methods, lines and prices are looked at again, as when the load changes
-MANY = 16  # rows from which on looking at guesses that cost nothing to draft takes too long to do it every time
+MANY = 4  # rows from which on looking at guesses that cost nothing to draft takes too long to do it every time
 ROOM = 16  # guesses of a row that quick plans look at, at least
 FORGET = 1000  # steps after which a request that was not seen is forgotten
 
@@ -65,8 +65,8 @@ class Goodput:
         profile: Profile,
         *,
         margin: float = 0.03,
-        probe_share: float = 0.01,
-        control_share: float = 0.005,
+        probe_share: float = 0.005,
+        control_share: float = 0.003,
         horizon: float = 32.0,
         priors: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
@@ -83,6 +83,8 @@ class Goodput:
         self._rates: dict[int, float] = {}  # tokens per second of a row, by that
         self._worth: dict[str, int] = {}  # method -> the last plan that bet on it
         self._resting: set[str] = set()  # methods that are not looked at before the next fresh plan
+        self._hidden: frozenset[str] = frozenset()  # those whose offers this plan does not see
+        self._again = False  # the next plan is a fresh one
         self._quick: Quick | None = None  # for a few rows, until the next fresh plan
         self._made: dict[int, Made] = {}  # seq -> its bet in the last plan
         self._seen: dict[int, int] = {}  # seq -> step
@@ -98,9 +100,11 @@ class Goodput:
             return StepPlan((None,) * len(rows))
         self._plans += 1
         bucket = int(4 * math.log2(emitting))
-        fresh = bucket != self._bucket or self._plans % FRESH == 0
+        changed, known = bucket != self._bucket, not self._hidden
+        fresh = changed or self._plans % FRESH == 0 or (self._again and known)
+        self._again = fresh and not known  # some offers were not made, as nobody was expected to look at them
         self._bucket = bucket
-        quick, few = self._quick, emitting == len(rows) <= FEW and not any(_wishes(row) for row in rows)
+        quick, few = self._quick, len(rows) <= FEW and all(_only_decodes(row) for row in rows)
         if quick is not None and few and not fresh and quick.emitting == emitting:
             self._plan_quickly(quick, rows, offers, budget)
         else:
@@ -109,7 +113,10 @@ class Goodput:
         advantage = (expected.emitted - emitting) / price - (expected.seconds - expected.seconds_off)
         if self.control.due(expected.seconds_off, advantage):
             self._made = {}
-        return StepPlan(tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows))
+        bets = tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows)
+        soon = self._again or (self._plans + 1) % FRESH == 0 or any(_wishes(row) for row in rows)
+        self._hidden = frozenset() if soon else frozenset(self._resting)
+        return StepPlan(bets, resting=self._hidden)
 
     def _plan_quickly(
         self, quick: Quick, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int
@@ -299,6 +306,11 @@ class Goodput:
 def _wishes(row: PolicyRow) -> bool:
     """Whether a row asks for more than its share."""
     return row.speculation == "max" or row.target_tpot is not None
+
+
+def _only_decodes(row: PolicyRow) -> bool:
+    """Whether a row reads nothing but its last token, and asks for no more than its share."""
+    return row.samples and row.count == 1 and not _wishes(row)
 
 
 def _loads(step: Rows, emitting: int) -> tuple[Load, Load]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from parlay.bets import Bet
 from parlay.policy.base import Policy, PolicyRow
@@ -34,5 +35,5 @@ def plan_around(
         budget -= len(made.tree) if made is not None else 0
         bets.append(made)
     others = [() if bet is not None else some for bet, some in zip(own, offers, strict=True)]
-    planned = policy.plan(rows, others, budget).bets
-    return StepPlan(tuple(mine or bet for mine, bet in zip(bets, planned, strict=True)))
+    planned = policy.plan(rows, others, budget)
+    return replace(planned, bets=tuple(mine or bet for mine, bet in zip(bets, planned.bets, strict=True)))

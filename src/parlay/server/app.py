@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -213,6 +214,7 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     access_log: bool = False,
     grace_seconds: float = GRACE_SECONDS,
+    record: Path | None = None,
 ) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM.
 
@@ -225,16 +227,22 @@ def serve(
         max_queue_size: Choices that may wait; calls beyond that are answered with 429.
         max_body_bytes: Longer bodies are answered with 413.
         access_log: Log every HTTP request.
+        record: Write what is asked and what becomes of it to this file, without texts; see `parlay.engine.recording`.
         grace_seconds: What is in flight may finish for this long when the server stops; the rest is told of the end.
 
     Raises:
         OSError: when the address cannot be had, before anything is loaded.
     """
     from parlay.engine.engine import Engine  # loads torch: not for those who only build an app
+    from parlay.engine.recording import Recording
 
     listener = _bind(host, port)
+    recording: Recording | None = None
     try:
         engine = _aside(lambda: Engine(config))
+        if record is not None:
+            recording = Recording(engine, record)
+            engine.listeners.append(recording.note)
         gc.collect()
         gc.freeze()  # what was loaded stays: looking through all of it again stopped everybody for 0.3 s (measured)
         worker = EngineWorker(engine, max_queue_size)
@@ -255,6 +263,8 @@ def serve(
                 server.run(sockets=[listener])
         finally:
             worker.stop()  # a second Ctrl-C skips the app's own ending
+            if recording is not None:
+                recording.close()
     except KeyboardInterrupt:  # uvicorn raises it again once all is closed
         pass
     finally:

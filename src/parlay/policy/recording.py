@@ -1,0 +1,126 @@
+"""Recordings of a server, read back for the simulator; `parlay.engine.recording` writes them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parlay.policy.acceptance import LEVELS, RANKS, acceptance
+from parlay.policy.cost import Profile
+from parlay.policy.trees import Floats
+from parlay.policy.workload import Kind, Workload
+
+FORMAT = 1
+WEIGHT = 4.0  # expected acceptances that all requests together weigh against one's own
+PER_OCTAVE = 2  # factors of requests that are told apart
+LIKELIEST = 0.98
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """What a recording holds.
+
+    Attributes:
+        about: What the server was.
+        workload: Its requests; prompts without what the prefix cache held of them.
+        kinds: How well they could be guessed: those of about the same luck with each method are one kind.
+        latency: [n] seconds from each request's arrival to its end, as measured.
+        ttft: [n] and to its first token.
+        profile: What steps cost; None if the server's policy did not know.
+    """
+
+    about: Mapping[str, Any]
+    workload: Workload
+    kinds: tuple[Kind, ...]
+    latency: Floats
+    ttft: Floats
+    profile: Profile | None
+
+
+def is_recording(path: Path) -> bool:
+    """Whether a file looks like one."""
+    with path.open("rb") as file:
+        return file.read(20).startswith(b'{"parlay_recording"')
+
+
+def read_recording(path: Path) -> Recorded:
+    """Reads a recording; a last line that was cut off while it was written is left out.
+
+    Raises:
+        ValueError: naming the line that cannot be read.
+    """
+    entries: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                entries.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):  # a whole line ends with a line break
+                raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
+    try:
+        about, choices = entries[0], sorted((e for e in entries if "arrival" in e), key=lambda e: e["arrival"])
+        if about["parlay_recording"] != FORMAT:
+            raise ValueError(f"its format is {about['parlay_recording']}, not {FORMAT}")
+        if not choices:
+            raise ValueError("no request ended in it")
+        profiles = [entry["profile"] for entry in entries if "profile" in entry]
+        arrival, first, finish, prompt, cached, output = (
+            np.array([choice[name] for choice in choices])
+            for name in ("arrival", "first", "finish", "prompt", "cached", "output")
+        )
+        kinds, kind = _kinds([choice["outcomes"] for choice in choices])
+        work = Workload(arrival - arrival[0], np.maximum(prompt - cached, 1), np.maximum(output, 1), kind)
+        profile = Profile.of(profiles[-1]) if profiles else None
+        return Recorded(about, work, kinds, finish - arrival, first - arrival, profile)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no recording of parlay serve --record: {error!r}") from error
+
+
+def _kinds(outcomes: Sequence[Mapping[str, Any]]) -> tuple[tuple[Kind, ...], np.ndarray]:
+    """Kinds of requests, and which of them each request is."""
+    methods = sorted({method for one in outcomes for method in one})
+    tried = {method: [_filled(one, method, "tried") for one in outcomes] for method in methods}
+    accepted = {method: [_filled(one, method, "accepted") for one in outcomes] for method in methods}
+    pools = {m: _pool(np.sum(tried[m], axis=0), np.sum(accepted[m], axis=0)) for m in methods}
+    luck: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number in range(len(outcomes)):
+        factors = []
+        for method in methods:
+            expected = float((tried[method][number] * pools[method]).sum())
+            factor = (float(accepted[method][number].sum()) + WEIGHT) / (expected + WEIGHT)
+            factors.append(round(PER_OCTAVE * np.log2(factor)))
+        luck[tuple(factors)].append(number)
+    kind = np.zeros(len(outcomes), dtype=np.intp)
+    kinds = []
+    for factors, some in luck.items():
+        kind[some] = len(kinds)
+        matrices = {
+            method: acceptance(np.minimum(pools[method] * 2.0 ** (factor / PER_OCTAVE), LIKELIEST))
+            for method, factor in zip(methods, factors, strict=True)
+        }
+        kinds.append(Kind(f"{len(kinds)}", float(len(some)), matrices))
+    return tuple(kinds), kind
+
+
+def _filled(one: Mapping[str, Any], method: str, name: str) -> Floats:
+    """[LEVELS, RANKS] counts of one request."""
+    found = np.zeros((LEVELS, RANKS))
+    if method in one and one[method][name]:
+        some = np.array(one[method][name], dtype=np.float64)
+        found[: some.shape[0], : some.shape[1]] = some
+    return found
+
+
+def _pool(tried: Floats, accepted: Floats) -> Floats:
+    """[LEVELS, RANKS] how likely a guess is accepted once it is tried; levels take after the one above, ranks too."""
+    found, above = np.zeros_like(tried), 0.5 ** np.arange(1, RANKS + 1)
+    for level in range(LEVELS):
+        above = found[level] = (accepted[level] + 5 * above) / (tried[level] + 5)
+    return found

@@ -1,0 +1,51 @@
+"""Methods that are off cost nothing: nobody asks for their offers until the next fresh plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from parlay.bets import Tree
+from parlay.policy.cost import DraftCost, Profile, VerifyCost
+from parlay.policy.fixed import Fixed, Off
+from parlay.policy.goodput import FRESH, Goodput
+from parlay.types import Offer
+from tests.policy.machine import FakeRow, Machine, rows
+
+STEEP = VerifyCost((1, 64), (0.001, 0.064))  # every guess costs as much as a token
+OFFERS = [Offer("suffix", Tree.chain(4)), Offer("eagle", Tree.chain(4))]
+
+
+def machine(count: int, steps: int) -> tuple[Machine, list[bool]]:
+    """And whether each of the steps, after a while, asked for offers of either method."""
+    profile = Profile("m", "m", "f", STEEP, {"eagle": DraftCost(per_level=0.001)})
+    found, resting, asked = Machine(Goodput(profile), {"suffix": 0.2, "eagle": 0.2}, profile), (), []
+    for _ in range(100 + steps):
+        offers = [offer for offer in OFFERS if offer.method not in resting]
+        asked.append(bool(offers))
+        resting = found.step(rows(count), offers).resting
+    return found, asked[100:]
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_what_is_not_worth_it_is_looked_at_now_and_then(count: int) -> None:
+    _, asked = machine(count, 20 * FRESH)
+    assert 20 <= sum(asked) <= 24
+
+
+def test_another_load_wakes_all_of_them() -> None:
+    found, _ = machine(8, 3)
+    plan = found.step(rows(2), [])  # nobody was asked, so this plan sees nothing
+    assert "suffix" not in plan.resting
+    assert "eagle" not in plan.resting
+
+
+def test_a_row_with_a_wish_wakes_all_of_them() -> None:
+    found, _ = machine(8, 3)
+    plan = found.step([FakeRow(0, speculation="max"), *rows(7)], [])
+    assert "suffix" not in plan.resting
+    assert "eagle" not in plan.resting
+
+
+def test_who_bets_on_one_wakes_that_one_alone() -> None:
+    assert "suffix" in Off().plan(rows(2), [[], []], 8).resting
+    assert "suffix" not in Fixed("suffix", Tree.chain(2)).plan(rows(2), [[], []], 8).resting
