@@ -66,7 +66,13 @@ def write_json(path: Path, environment: Environment, results: Any) -> None:
 def as_json(environment: Environment, results: Any) -> str:
     """The document that `write_json` writes."""
     document = {"environment": dataclasses.asdict(environment), **dataclasses.asdict(results)}
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=1, ensure_ascii=False, default=_written) + "\n"
+
+
+def _written(value: object) -> str:
+    if not isinstance(value, Path):
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return portable(str(value))
 
 
 def deliver(target: str, environment: Environment, results: Any) -> None:
