@@ -138,12 +138,13 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--kv-cache-memory", "1MiB", "--speculation", "prompt_lookup:[-1,-1,0]", "--parity", "strict"),
         *("--seed", "7", "--no-prefix-caching", "--no-self-check", "--device", "cpu", "--compile", "off"),
         *("--served-model-name", "other", "--max-queue-size", "5", "--max-body-size", "2kB", "--access-log"),
-        *("--policy", "fixed:2", "--calibrate", "full"),
+        *("--policy", "fixed:2", "--calibrate", "full", "--record", "trace.jsonl"),
     )
     assert answer.exit_code == 0, answer.output
     config = seen.pop("config")
     assert seen == {
         "host": "127.0.0.1",
+        "record": Path("trace.jsonl"),
         "port": 9,
         "served_model_names": ["m", "other"],
         "api_key": "secret",

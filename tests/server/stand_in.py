@@ -72,6 +72,9 @@ class StandIn:
             raise self.breaks
         return [delta for request, done in list(self.live.values()) for delta in self._advance(request, done)]
 
+    def forget_answers(self) -> None:
+        """It remembers none."""
+
     def use_policy(self, name: str) -> None:
         if name == "none":
             raise InvalidRequest("policy: there is none", "policy")

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from parlay.config import EngineConfig
+from parlay.drafters.suffix import Suffix
 from parlay.engine.engine import Engine
 from tests.server.stand_in import StandIn
 from tests.serving import MODEL, Server, serving
@@ -67,6 +68,20 @@ def test_requests_that_run_go_on_and_end_with_the_same_text(server: Server) -> N
     for thread in threads:
         thread.join()
     assert [found[prompt] for prompt in prompts] == expected
+
+
+def test_answers_are_forgotten(server: Server) -> None:
+    engine = server.worker.engine
+    assert isinstance(engine, Engine)
+    suffix = engine.drafters.by_name["suffix"]
+    assert isinstance(suffix, Suffix)
+    body = {"model": MODEL, "prompt": "the and of", "max_tokens": 30, "ignore_eos": True}
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=KEY, timeout=60)
+    assert suffix.shared is not None
+    assert len(suffix.shared) > 0
+    assert httpx.post(f"{server.url}/admin/forget", headers=KEY).json() == {"forgotten": True}
+    assert len(suffix.shared) == 0
+    assert httpx.post(f"{server.url}/admin/forget").status_code == 401
 
 
 @pytest.mark.parametrize(

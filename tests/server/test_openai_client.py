@@ -50,12 +50,15 @@ def test_usage_tells_what_speculation_did(client: openai.OpenAI) -> None:
     assert speculation("off") == {"steps": 16, "drafted": 0, "accepted": 0, "methods": {}}
     for wish in ("max", "suffix:2"):
         bet = speculation(wish)
+        if wish == "max":  # whether it pays is the policy's to say
+            assert bet["steps"] + bet["accepted"] == 16
+            continue
         assert bet["drafted"] > 0
         assert bet["steps"] + bet["accepted"] == 16
         (method,) = bet["methods"].values()
         assert 0 < method.pop("steps") <= bet["steps"]
         assert method == {"drafted": bet["drafted"], "accepted": bet["accepted"]}
-        assert wish == "max" or bet["drafted"] <= 2 * bet["steps"]
+        assert bet["drafted"] <= 2 * bet["steps"]
 
 
 def test_a_bet_on_nobody_is_refused(client: openai.OpenAI) -> None:
@@ -63,7 +66,7 @@ def test_a_bet_on_nobody_is_refused(client: openai.OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="x", extra_body={"speculation": "medusa:3"})
 
 
-@pytest.mark.parametrize("wish", ["off", "auto", "max"])
+@pytest.mark.parametrize("wish", ["off", "suffix:3"])
 def test_the_usage_of_a_stream_tells_it_too(client: openai.OpenAI, engine: Engine, wish: str) -> None:
     (token,) = engine.tokenizer.encode(" of")
     call: dict[str, Any] = {"model": MODEL, "prompt": "the and", "max_tokens": 16, "logit_bias": {str(token): 100}}

@@ -99,6 +99,9 @@ class Drafter(ABC):
     def forget(self, seq: int) -> None:  # noqa: B027
         """A row has ended."""
 
+    def forget_answers(self) -> None:  # noqa: B027  (most remember none)
+        """Drops what it has learnt from answers to earlier requests."""
+
 
 class ShownGuesses(Drafter):
     """What drafters share whose guesses follow from tokens alone: an offer shows them, and a draft is a part of it."""
@@ -234,6 +237,11 @@ class Drafters:
         for drafter in self._working():
             with self._or_off(drafter):
                 drafter.forget(seq)
+
+    def forget_answers(self) -> None:
+        for drafter in self._working():
+            with self._or_off(drafter):
+                drafter.forget_answers()
 
     def _working(self) -> list[Drafter]:
         return list(self.by_name.values())

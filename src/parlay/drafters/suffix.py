@@ -142,7 +142,8 @@ class Suffix(ShownGuesses):
             raise ValueError(f"suffix: shared must be 0 or at least {REACH}, and least from 0 to below 1")
         self.least = least
         self._places = tree.children()
-        self.shared = Occurrences(shared) if shared else None
+        self._capacity = shared
+        self.forget_answers()
         self._own: dict[int, Occurrences] = {}
         self._rows: dict[int, tuple[array[int], int]] = {}  # seq -> its tokens, and where its answer begins
 
@@ -200,6 +201,10 @@ class Suffix(ShownGuesses):
         if not tokens:
             return None
         return Offer(self.name, Tree(tuple(parents)), tuple(tokens), tuple(confidence))
+
+    def forget_answers(self) -> None:
+        """See `Drafter`."""
+        self.shared = Occurrences(self._capacity) if self._capacity else None
 
     def forget(self, seq: int) -> None:
         """See `Drafter`; what was answered is kept for others."""

@@ -77,6 +77,7 @@ class Engine:
         self.policy: Policy = Off()
         self.policy = policy_for(self, config.policy, config.calibrate)
         self.policy_name = config.policy or "auto"
+        self._policies = {self.policy_name: self.policy}
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -135,18 +136,25 @@ class Engine:
             failed_drafters=self.drafters.failed,
         )
 
+    def forget_answers(self) -> None:
+        """Lets drafters forget what they have learnt from answers to earlier requests."""
+        self.drafters.forget_answers()
+
     def use_policy(self, name: str) -> None:
         """Lets another policy decide from the next step on; `auto` is the one that the configuration asks for.
+
+        One that decided before goes on with what it knew.
 
         Raises:
             InvalidRequest: for an unknown name.
         """
         try:
-            self.policy, self._resting = policy_for(self, name, "skip"), ()
+            if name not in self._policies:
+                self._policies[name] = policy_for(self, name, "skip")
         except ValueError as error:
             said = str(error).removeprefix("policy ")
             raise InvalidRequest(f"policy: {said}", "policy") from error
-        self.policy_name = name
+        self.policy, self.policy_name, self._resting = self._policies[name], name, ()
         logger.info("the policy is %s now", name)
 
     # ---- a step ---------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class Service:
         if self.api_key is not None:  # whoever may change what others get has to show who it is
             guarded.add_api_route("/admin/policy", self.policy, methods=["GET"])
             guarded.add_api_route("/admin/policy", self.use_policy, methods=["POST"])
+            guarded.add_api_route("/admin/forget", self.forget, methods=["POST"])
         routes = APIRouter()
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
         routes.add_api_route("/metrics", self.write_metrics, methods=["GET"], response_model=None)
@@ -124,6 +125,10 @@ class Service:
         wish = parse_policy(await read_body(request, self.max_body_bytes))
         await self.worker.ask(lambda engine: engine.use_policy(wish))
         return {"policy": wish}
+
+    async def forget(self) -> dict[str, bool]:
+        await self.worker.ask(lambda engine: engine.forget_answers())
+        return {"forgotten": True}
 
     async def _generate(self, prepare: Prepare, request: Request) -> Response:
         body = await read_body(request, self.max_body_bytes)
