@@ -17,13 +17,13 @@ from parlay.types import Speculation
 from tests.server.stand_in import StandIn
 from tests.serving import MODEL, serving
 
-REPLY = Reply(category="chat", text="a", ttft=0.1, seconds=1.0, tokens=10, steps=10, drafted=0, accepted=0)
+REPLY = Reply(category="chat", text="a", ttft=0.1, seconds=1.0, tokens=10, steps=10, drafted=0, accepted=0, methods={})
 
 
 def loads(concurrency: int, off: float, auto: float, text: str = "a") -> list[Load]:
     arms: list[tuple[Speculation, float, Reply]] = [
         ("off", off, REPLY),
-        ("auto", auto, replace(REPLY, text=text, steps=5, seconds=auto)),
+        ("auto", auto, replace(REPLY, text=text, steps=5, seconds=auto, methods={"eagle": 4})),
     ]
     return [Load(concurrency, arm, seconds, (reply,)) for arm, seconds, reply in arms]
 
@@ -35,6 +35,7 @@ def test_reading_says_where_it_paid_and_where_it_cost() -> None:
     assert "it paid at 1 and cost speed at 16" in result.reading
     assert "1 of 2 greedy texts" in result.reading
     assert result.cells[1].tokens_per_step == 2
+    assert [cell.bets for cell in result.cells[:2]] == [{}, {"eagle": 0.8}]
     assert [category.name for category in result.categories] == ["chat"]
     assert json.loads(environment.as_json(environment.capture(), result))["texts_equal"] == 1
 
@@ -48,8 +49,8 @@ def test_reading_claims_nothing_from_noise() -> None:
 def test_both_arms_are_sent_the_same_at_every_level() -> None:
     prompts = [Prompt("a", "one"), Prompt("b", "two"), Prompt("a", "three")]
     levels = (demo.Level(1, 2), demo.Level(2, 3))
-    with serving(StandIn()) as server:
-        found = demo.measure(Target(server.url, MODEL), prompts, levels, 4)
+    with serving(StandIn(), api_key="sesame") as server:
+        found = demo.measure(Target(server.url, MODEL, api_key="sesame"), prompts, levels, 4)
     assert len(found) == demo.ROUNDS * len(levels) * len(demo.ARMS)
     assert [(load.concurrency, load.speculation) for load in found[:8]] == [
         *((1, "off"), (1, "auto"), (2, "off"), (2, "auto")),
@@ -64,8 +65,8 @@ def test_both_arms_are_sent_the_same_at_every_level() -> None:
 
 
 def test_a_failed_request_ends_the_demo() -> None:
-    with serving(StandIn()) as server, pytest.raises(ServerFailed, match="HTTP 404"):
-        demo.measure(Target(server.url, "another"), [Prompt("a", "one")], (demo.Level(1, 1),), 4)
+    with serving(StandIn(), api_key="sesame") as server, pytest.raises(ServerFailed, match="HTTP 404"):
+        demo.measure(Target(server.url, "another", api_key="sesame"), [Prompt("a", "one")], (demo.Level(1, 1),), 4)
 
 
 def test_failed_start_shows_the_log() -> None:

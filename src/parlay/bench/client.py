@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,11 +56,15 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the server says it has done; None for what it does not say."""
+    """What the server says it has done; None for what it does not say.
+
+    `methods` are steps by whose guesses they had.
+    """
 
     prompt_tokens: int | None
     completion_tokens: int | None
     speculation: SpeculationStats | None
+    methods: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +249,8 @@ def _usage(said: dict[str, Any]) -> Usage:
     bets = said.get("speculation") or {}
     spent = {name: bets[name] for name in ("steps", "drafted", "accepted") if isinstance(bets.get(name), int)}
     stats = SpeculationStats(**spent) if len(spent) == 3 else None
-    return Usage(said.get("prompt_tokens"), said.get("completion_tokens"), stats)
+    methods = {method: some["steps"] for method, some in (bets.get("methods") or {}).items()}
+    return Usage(said.get("prompt_tokens"), said.get("completion_tokens"), stats, methods)
 
 
 def _error_text(body: bytes) -> str:

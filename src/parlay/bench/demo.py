@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
 from parlay.bench import environment, report
-from parlay.bench.client import Target
+from parlay.bench.client import Target, authorisation
 from parlay.bench.load import Load, Reply, send
-from parlay.bench.local_server import local_server
+from parlay.bench.local_server import ServerFailed, local_server
 from parlay.bench.report import Spread, progress, table
 from parlay.bench.workloads import Prompt, load_prompts
 from parlay.types import Speculation
 
-BET, NAME = "eagle:2", "EAGLE head"
+NAME = "auto"
 # Without prefix caching every request pays for its prompt, whichever of the two is sent first.
 # Compiling beside a measurement would spoil it.
-SERVER_OPTIONS = (
-    *("--speculation", BET, "--no-prefix-caching"),
-    *("--compile", "wait", "--log-level", "warning"),
-)
+SERVER_OPTIONS = ("--no-prefix-caching", "--compile", "wait", "--log-level", "warning")
 ARMS: tuple[Speculation, Speculation] = ("off", "auto")
 NAMES: dict[Speculation, str] = {"off": "off", "auto": NAME}
 CLEARLY = 0.05  # a run this short cannot tell smaller differences
@@ -55,6 +54,7 @@ class Cell:
     tokens_per_second: float
     ttft_p50: float
     tokens_per_step: float
+    bets: dict[str, float]  # share of the steps by whose guesses they had
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,15 @@ def run(model: str = "smollm2-135m", json_to: str | None = None, max_tokens: int
     """
     captured = environment.capture()
     console = report.console(stderr=json_to == "-")
+    key = secrets.token_hex(8)
     with (
         Console(stderr=True).status(
-            f"starting a server with {model}; the first start compiles for about a minute"
+            f"starting a server with {model}; the first start compiles and measures for about a minute"
         ) as status,
-        local_server(("--model", model, *SERVER_OPTIONS)) as url,
+        local_server(("--model", model, *SERVER_OPTIONS, "--api-key", key)) as url,
     ):
         status.stop()
-        loads = measure(Target(url, model), load_prompts(), LEVELS, max_tokens)
+        loads = measure(Target(url, model, api_key=key), load_prompts(), LEVELS, max_tokens)
     result = summarise(environment.portable(model), max_tokens, loads)
     for part in _tables(result):
         console.print(part)
@@ -132,8 +133,19 @@ def measure(target: Target, prompts: Sequence[Prompt], levels: Sequence[Level], 
         with progress(f"round {number + 1} of at most {ROUNDS}", requests) as advance:
             for level, supply in zip(levels, supplies, strict=True):
                 chosen = list(islice(supply, level.requests))
-                loads += [send(target, chosen, arm, max_tokens, level.concurrency, advance) for arm in arms]
+                for arm in arms:
+                    _forget(target)
+                    loads.append(send(target, chosen, arm, max_tokens, level.concurrency, advance))
     return loads
+
+
+def _forget(target: Target) -> None:
+    """Makes drafters forget earlier answers: prompts come again, and what was answered once is easily guessed."""
+    answer = httpx.post(
+        f"{target.url}/admin/forget", headers=authorisation(target.api_key), timeout=60, trust_env=False
+    )
+    if not answer.is_success:
+        raise ServerFailed(f"the server cannot forget earlier answers: {answer.text}")
 
 
 def _warm_up(target: Target, prompts: Sequence[Prompt]) -> None:
@@ -179,7 +191,14 @@ def _cell(loads: Sequence[Load]) -> Cell:
         tokens_per_second=tokens / seconds,
         ttft_p50=Spread.of(reply.ttft for reply in replies).median,
         tokens_per_step=_tokens_per_step(replies),
+        bets=_bets(replies),
     )
+
+
+def _bets(replies: Sequence[Reply]) -> dict[str, float]:
+    steps = max(1, sum(reply.steps for reply in replies))
+    methods = sorted({method for reply in replies for method in reply.methods})
+    return {method: sum(reply.methods.get(method, 0) for reply in replies) / steps for method in methods}
 
 
 def _pairs(loads: Sequence[Load], concurrency: int) -> list[tuple[Reply, Reply]]:
@@ -226,7 +245,7 @@ def _speed(levels: Sequence[Comparison]) -> str:
         verdict = f"it paid at {' and '.join(paid)} and cost speed nowhere"
     else:
         verdict = "no clear difference"
-    return f"The {NAME} ({BET}) gives these tokens/s against off: {ratios} requests at a time: {verdict}."
+    return f"Deciding by itself, Parlay gives these tokens/s against off: {ratios} requests at a time: {verdict}."
 
 
 def _equality(equal: int, compared: int) -> str:
@@ -240,7 +259,7 @@ def _equality(equal: int, compared: int) -> str:
 
 def _tables(result: DemoResult) -> Iterator[Table]:
     ratio = {level.name: level.ratio for level in result.levels}
-    columns = ("requests at a time", "speculation", "tokens/s", "ratio", "TTFT p50", "tokens per step")
+    columns = ("requests at a time", "speculation", "tokens/s", "ratio", "TTFT p50", "tokens per step", "steps with")
     rows = (
         (
             cell.concurrency,
@@ -249,10 +268,11 @@ def _tables(result: DemoResult) -> Iterator[Table]:
             f"{ratio[str(cell.concurrency)]:.2f}x" if cell.speculation != "off" else "",
             f"{1000 * cell.ttft_p50:.0f} ms",
             f"{cell.tokens_per_step:.2f}",
+            ", ".join(f"{method} {share:.0%}" for method, share in cell.bets.items()),
         )
         for cell in result.cells
     )
-    yield table(f"{result.model}: {NAME} ({BET}) against off, measured by the client", columns, rows, texts=2)
+    yield table(f"{result.model}: {NAME} against off, measured by the client", columns, rows, texts=2)
     columns = ("1 request at a time", "off tokens/s", f"{NAME} tokens/s", "ratio", "tokens per step")
     yield table(
         "by kind of task",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -27,6 +27,7 @@ class Reply:
     steps: int
     drafted: int
     accepted: int
+    methods: Mapping[str, int]  # steps by whose guesses they had
 
     @classmethod
     def of(cls, result: RequestResult) -> Self:
@@ -49,6 +50,7 @@ class Reply:
             steps=spent.steps,
             drafted=spent.drafted,
             accepted=spent.accepted,
+            methods=result.methods,
         )
 
 

@@ -33,6 +33,7 @@ class RequestResult:
         output_tokens: As the server counts, else the number of pieces of text.
         counted: Which of the two.
         speculation: Steps, drafted and accepted tokens; None when the server does not say.
+        methods: Steps by whose guesses they had.
         finish_reason: As the server says.
         failure: None for a complete answer.
         text: The output.
@@ -49,6 +50,7 @@ class RequestResult:
     output_tokens: int
     counted: Literal["usage", "chunks"]
     speculation: SpeculationStats | None
+    methods: Mapping[str, int]
     finish_reason: str | None
     failure: Failure | None
     text: str
@@ -175,6 +177,7 @@ def _result(outcome: Outcome, began: float) -> RequestResult:
         output_tokens=tokens,
         counted="chunks" if said is None else "usage",
         speculation=reply.usage.speculation if reply.usage else None,
+        methods=reply.usage.methods if reply.usage else {},
         finish_reason=reply.finish_reason,
         failure=reply.failure,
         text=reply.text,
