@@ -39,7 +39,7 @@ class Level:
 
 ROUNDS = 3
 PATIENCE = 150  # seconds after which a slow machine is spared the rounds after the first
-LEVELS = (Level(1, 3), Level(4, 4), Level(16, 16))
+LEVELS = (Level(1, 3), Level(4, 8), Level(16, 24))  # slots are filled again, as servers fill them
 
 
 @dataclass(frozen=True, slots=True)
