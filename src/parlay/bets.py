@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import Literal
 
 Auto = Literal["auto"]
+MOST = 512  # guesses of a bet
+LONGEST = 4096  # characters of a bet as users write it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ def parse_bet(text: str) -> Bet | Auto | None:
         return None
     if text == "auto":
         return "auto"
+    if len(text) > LONGEST:
+        raise ValueError(f"speculation {text[:40]!r}...: takes at most {LONGEST} characters")
     shapes = r"(?P<size>\d{1,3})x(?P<levels>\d{1,2})|(?P<depth>\d{1,3})|(?P<parents>\[[-\d,\s]*\])"
     form = re.fullmatch(rf"(?P<method>\w+)(:({shapes}))?", text)
     try:
@@ -107,6 +111,8 @@ def parse_bet(text: str) -> Bet | Auto | None:
             tree = likely_tree(int(form["size"]), int(form["levels"]))
         else:
             tree = Tree.chain(int(form["depth"] or 4))
+        if len(tree) > MOST:
+            raise ValueError(f"it may have at most {MOST} guesses")
     except ValueError as error:
         raise ValueError(
             f"speculation {text!r}: write off, auto, METHOD, METHOD:DEPTH, METHOD:SIZExDEPTH or METHOD:[parents of a "

@@ -132,6 +132,7 @@ class SamplingParams:
         _require(
             self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "must be from 0 to 20"
         )
+        _require(isinstance(self.speculation, str | Bet), "speculation", 'must be "off", "auto", "max" or a bet')
         if isinstance(self.speculation, str) and self.speculation not in get_args(Speculation):
             object.__setattr__(self, "speculation", _read_bet(self.speculation))
         wanted = self.target_tpot_ms

@@ -109,7 +109,14 @@ def test_null_stands_for_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("speculation", "some times"), ("speculation", "suffix:0"), ("target_tpot_ms", 0), ("target_tpot_ms", -1)],
+    [
+        ("speculation", "some times"),
+        ("speculation", "suffix:0"),
+        ("speculation", "suffix:999"),
+        ("speculation", "suffix:[" + "-1," * 5000 + "-1]"),
+        ("target_tpot_ms", 0),
+        ("target_tpot_ms", -1),
+    ],
 )
 def test_wishes_out_of_range_are_named(field: str, value: Any) -> None:
     request = parse(CompletionRequest, json.dumps({"prompt": "x", field: value}).encode())

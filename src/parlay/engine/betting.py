@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ from parlay.drafters.shipped import all_shipped, shipped
 from parlay.engine.model import LoadedModel
 from parlay.engine.profiles import profile_for
 from parlay.policy.base import Policy
+from parlay.policy.cost import Profile
 from parlay.policy.fixed import Fixed, Off
 from parlay.policy.goodput import PRIOR
 from parlay.policy.named import BATCHES, Means, named
@@ -77,7 +77,12 @@ def policy_for(engine: Engine, name: str | None, calibrate: Calibrate) -> Policy
             raise ValueError(f"policy {name!r}: with speculation off there is nothing to bet on; leave one of them out")
         return Off()
     method = next((method for method in drafters.by_name if method in drafters.sources), next(iter(drafters.by_name)))
-    profile = cache(lambda: profile_for(engine, calibrate))
+
+    def profile() -> Profile:
+        if engine.profile is None:
+            engine.profile = profile_for(engine, calibrate)
+        return engine.profile
+
     longest = (bet.tree if isinstance(bet, Bet) else drafters.by_name[method].largest).depth
 
     def lengths() -> dict[int, int]:

@@ -27,6 +27,7 @@ from parlay.engine.sampling import FreshDraws
 from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
 from parlay.policy.base import Policy
+from parlay.policy.cost import Profile
 from parlay.policy.fixed import Off
 from parlay.policy.own_bets import plan_around
 from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepReport, StepResult
@@ -75,9 +76,10 @@ class Engine:
         self._resting: Container[str] = ()  # methods whose offers nobody will look at
         self.listeners: list[Callable[[StepReport], None]] = []
         self.policy: Policy = Off()
+        self.profile: Profile | None = None  # what steps cost, once a policy has asked
         self.policy = policy_for(self, config.policy, config.calibrate)
         self.policy_name = config.policy or "auto"
-        self._policies = {self.policy_name: self.policy}
+        self._policies = {self.policy_name: self.policy, "auto": self.policy}
 
     # ---- requests -------------------------------------------------------------------------------------------
 

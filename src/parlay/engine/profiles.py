@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +58,13 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
         100 * calibration.median_error,
         100 * calibration.worst_error,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    calibration.profile.save(partial)
-    partial.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        calibration.profile.save(partial)
+        partial.rename(path)
+    except OSError as error:
+        logger.warning("%s could not be written (%s), so the next start measures again", path, error.strerror)
     return calibration.profile
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from parlay.policy.trees import Floats
 
 LEAST = 1e-3  # confidence that is told apart from none
+STEEPEST, FURTHEST = 10.0, 20.0  # that the curve may become
 
 
 class ConfidenceCurve:
@@ -26,7 +27,7 @@ class ConfidenceCurve:
     def __init__(self, memory: float = 2000.0, trust: float = 10.0) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._weights = 1.0, 0.0  # a drafter is believed until it is shown to be wrong
-        self._information = trust, 0.0, trust
+        self._information, self._trust = (0.0, 0.0, 0.0), trust
 
     def __call__(self, confidence: Floats) -> Floats:
         slope, offset = self._weights
@@ -52,10 +53,13 @@ class ConfidenceCurve:
             keep * one + float(doubt.sum()),
         )
         self._information = xx, x1, one  # of a symmetric matrix of two rows
+        # Where all guesses are accepted there is soon no doubt left, nor information: the prior keeps steps small.
+        xx, one = xx + self._trust, one + self._trust
         gradient, total, size = float(surprise @ x), float(surprise.sum()), xx * one - x1 * x1
         slope += (one * gradient - x1 * total) / size
         offset += (xx * total - x1 * gradient) / size
-        self._weights = max(slope, 0.01), offset  # what the drafter prefers is never worth less
+        # What the drafter prefers is never worth less.
+        self._weights = min(max(slope, 0.01), STEEPEST), min(max(offset, -FURTHEST), FURTHEST)
 
 
 def _logit(probability: Floats) -> Floats:

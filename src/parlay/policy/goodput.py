@@ -287,12 +287,20 @@ class Goodput:
             drafter.acceptance.tick()
         late = {seq: made.offer.catch_up for seq, made in self._made.items() if made.offer.catch_up}
         off = self.clock.observe(rows, result, late)
-        emitted = sum(len(got.emitted) for got in result.rows)
-        guesses = sum(got.drafted for got in result.rows)
-        emitting = sum(row.samples for row in rows)
-        self.control.observe(emitted, emitting, guesses, sum(result.seconds.values()), off)
+        if self._answers_for(rows, result):
+            emitted = sum(len(got.emitted) for got in result.rows)
+            guesses = sum(got.drafted for got in result.rows)
+            self.control.observe(emitted, len(rows), guesses, sum(result.seconds.values()), off)
         if self._step % FORGET == 0:
             self._forget()
+
+    def _answers_for(self, rows: Sequence[PolicyRow], result: StepResult) -> bool:
+        """Whether a step tells if betting pays: nobody reads a prompt or asked for more than its share, and all bets
+        are this policy's own."""
+        return all(
+            _only_decodes(row) and (got.method is None or row.seq in self._made)
+            for row, got in zip(rows, result.rows, strict=True)
+        )
 
     def _forget(self) -> None:
         """Drops requests that have not been seen for long."""
