@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from parlay.config import EngineConfig
 from parlay.engine import profiles
 from parlay.engine.calibration import Limits, Shape, calibrate, shapes
 from parlay.engine.engine import Engine
@@ -15,6 +17,7 @@ from parlay.engine.profiles import GUESS, profile_for, stored
 from parlay.types import Request, SamplingParams
 from tests.architectures import make_model
 from tests.drafting import engine_with
+from tests.tiny import make_tiny_llama
 
 PROMPTS = [(5, 6, 7, 5, 6, 7, 5), (3, 1, 4, 1, 5, 9, 2, 6)]
 
@@ -94,3 +97,13 @@ def test_it_is_kept_and_measured_again_where_it_does_not_fit(
     path.write_text(json.dumps(other))
     assert profile_for(engine_with(folder, "self"), "quick").hardware == found.hardware
     assert "was measured on an abacus" in caplog.text
+
+
+def test_a_context_that_is_too_short_is_not_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(
+        str(make_tiny_llama(tmp_path)), device="cpu", max_model_len=24, calibrate="quick", self_check=False
+    )
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(config)
+    assert "leaves nothing to measure" in caplog.text
+    assert engine.profile == GUESS

@@ -113,3 +113,11 @@ def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(
     assert tokens == 5
     assert engine.listeners == []
     assert "hears no more steps" in caplog.text
+
+
+def test_a_recording_without_bets_is_refused_in_a_sentence(recorded: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plain.jsonl"
+    entries = [json.loads(line) for line in recorded.read_text().splitlines()]
+    path.write_text("".join(json.dumps(e | ({"outcomes": {}} if "outcomes" in e else {})) + "\n" for e in entries))
+    with pytest.raises(ValueError, match="nothing was bet in it"):
+        read_recording(path)

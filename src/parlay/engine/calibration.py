@@ -53,6 +53,7 @@ HELD_OUT = 5  # of so many shapes one is only predicted
 TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
 MOST_SECONDS = {"quick": 15.0, "full": 60.0}
 HOST_PROMPT, HOST_STEPS = 8, 12
+SHORTEST = 48  # context that can be measured
 READ = 192  # tokens of a prompt that drafters read late
 
 
@@ -205,6 +206,7 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
         advance(0.7 + 0.2 * (place + 1) / len(guessing))
     drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
     host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
+    engine.forget_answers()
     advance(1.0)
     profile, errors = _fitted(passes, drafts, host, engine)
     return Calibration(profile, len(passes), *errors, time.monotonic() - began)
@@ -338,8 +340,9 @@ def _time_host(engine: Engine, rows: int, per_guess: float) -> HostCost:
         while engine.has_work:
             engine.step()
     engine.policy = policy
-    one, many = (statistics.median(noted.seconds[count]) for count in (1, rows))
-    per_row = max(0.0, (many - one) / max(1, rows - 1))
+    most = max(noted.seconds)  # a small pool or budget lets fewer run together
+    one, many = (statistics.median(noted.seconds[count]) for count in (min(noted.seconds), most))
+    per_row = max(0.0, (many - one) / max(1, most - 1))
     return HostCost(max(0.0, one - per_row), per_row, per_guess)
 
 

@@ -73,12 +73,13 @@ class Engine:
         generator = torch.Generator(self.model.device).manual_seed(self._random.getrandbits(63))
         self.acceptor = Acceptor(FreshDraws(generator), self.eos)
         self._streams: dict[int, OutputStream] = {}
-        self._resting: Container[str] = ()  # methods whose offers nobody will look at
         self.listeners: list[Callable[[StepReport], None]] = []
         self.policy: Policy = Off()
         self.profile: Profile | None = None  # what steps cost, once a policy has asked
+        self._resting: Container[str] = ()  # methods whose offers nobody will look at
         self.policy = policy_for(self, config.policy, config.calibrate)
         self.policy_name = config.policy or "auto"
+        self._resting = ()  # whatever was measured
         self._policies = {self.policy_name: self.policy, "auto": self.policy}
 
     # ---- requests -------------------------------------------------------------------------------------------

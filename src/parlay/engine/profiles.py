@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from parlay.config import Calibrate
 from parlay.engine import native
-from parlay.engine.calibration import MOST_SECONDS, calibrate, hardware
+from parlay.engine.calibration import MOST_SECONDS, SHORTEST, calibrate, hardware
 from parlay.engine.checkpoint import cache_dir
 from parlay.policy.cost import Profile, VerifyCost
 
@@ -44,6 +44,9 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
             logger.warning("%s was measured on %s, so it is measured again", path, found.hardware)
     except ValueError as error:
         logger.warning("%s, so it is measured again", error)
+    if engine.max_model_len < SHORTEST:
+        logger.warning("a context of %d leaves nothing to measure: what steps cost is guessed", engine.max_model_len)
+        return GUESS
     if how == "skip":
         logger.info("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
         return GUESS

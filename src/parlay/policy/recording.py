@@ -70,6 +70,8 @@ def read_recording(path: Path) -> Recorded:
             raise ValueError(f"its format is {about['parlay_recording']}, not {FORMAT}")
         if not choices:
             raise ValueError("no request ended in it")
+        if not any(choice["outcomes"] for choice in choices):
+            raise ValueError("nothing was bet in it; record with --speculation auto")
         profiles = [entry["profile"] for entry in entries if "profile" in entry]
         arrival, first, finish, prompt, cached, output = (
             np.array([choice[name] for choice in choices])
