@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from parlay.bets import Bet, Tree, likely_tree, parse_bet
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
+from parlay.drafters.eagle import Eagle
 from parlay.drafters.growing import BRANCH, WIDTH
 from parlay.drafters.levels import LEAST, LevelDrafter
 from parlay.engine.engine import Engine
@@ -269,3 +270,31 @@ def test_a_draft_model_with_less_context_and_fewer_tokens(folder: Path, tmp_path
     assert max(len(text) + len(tree) for text, _, (tree, _) in drafts) == 24
     assert found["0"].drafted
     assert not found["1"].drafted
+
+
+@pytest.mark.parametrize("length", [40, 70])
+def test_a_head_that_leaves_out_most_of_a_prompt_writes_what_it_would_have_written(folder: Path, length: int) -> None:
+    """Keys know their place in the text, so rows that left out different pages may share those they both read."""
+    rng = random.Random(length)
+    prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(length))
+    keys, tokens, read = [], [], []
+    for window in (None, 8):
+        engine = engine_with(folder, "eagle", Tree.chain(2), page_size=4, compile="off")
+        drafter = engine.drafters.by_name["eagle"]
+        assert isinstance(drafter, Eagle)
+        drafter.window = window
+        engine.add(Request("a", prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)))
+        emitted: list[int] = []
+        while engine.has_work:
+            if len(emitted) > 12 and len(keys) == len(tokens):
+                (seq,) = engine.scheduler.running
+                first = drafter.coverage.first_page(engine.scheduler._row(seq, 1))
+                read.append(first)
+                places = range(max(4 * first + 1, length - 3), length + 6)  # the first of all has no feature before it
+                slots = [seq.pages[place // 4] * 4 + place % 4 for place in places]
+                keys.append(drafter._kv.slots[0][torch.tensor(slots)].clone())
+            emitted += [token for delta in engine.step() for token in delta.tokens]
+        tokens.append(emitted)
+    assert tokens[0] == tokens[1]
+    assert read == [0, (length - 8) // 4]
+    torch.testing.assert_close(keys[0], keys[1])

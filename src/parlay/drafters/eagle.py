@@ -116,8 +116,11 @@ class Eagle(LevelDrafter):
 
     def _inputs(self, batch: ForwardBatch, before: torch.Tensor) -> tuple[torch.Tensor, Noted]:
         """The layer's hidden state and its other arguments. before: [T, hidden]."""
-        embedded = self._embed(batch.tokens)[None]
-        return before[None], ((embedded, self._cos[batch.positions], self._sin[batch.positions]), {})
+        embedded, positions = self._embed(batch.tokens)[None], batch.positions
+        if any(row.skipped for row in batch.rows):  # rows that skip others read these keys too: they know their place
+            skipped = np.repeat([row.skipped for row in batch.rows], [len(row.tokens) for row in batch.rows])
+            positions = positions + torch.from_numpy(skipped).to(self.device)
+        return before[None], ((embedded, self._cos[positions], self._sin[positions]), {})
 
     def reach(self, row: Row) -> int:
         """The feature before the last known token must be there."""

@@ -104,8 +104,8 @@ class Growth:
         place = {-1: -1} | {node: index for index, node in enumerate(self.ran)}
         tree = Tree(tuple(place[self.parents[node]] for node in self.ran))
         guesses = [self.tokens[node] for node in self.frontier]
-        pages, known = self.row.pages[first_page:], self.row.length - first_page * page_size
-        return pack_row((), known, pages, page_size, tree, guesses)
+        pages, skipped = self.row.pages[first_page:], first_page * page_size
+        return pack_row((), self.row.length - skipped, pages, page_size, tree, guesses, skipped)
 
     def path(self, node: int) -> Path:
         """What the processing of the logits behind a node may depend on; -1 is the root."""

@@ -122,13 +122,14 @@ class LevelDrafter(Drafter):
                 end = min(end, first + budget)
                 budget -= end - first
             if end > first:
-                skipped = self.coverage.first_page(row)
-                pages, held = row.pages[skipped:], end - skipped * self.page_size
-                packed[row.seq] = row, pack_row(row.tokens[first:end], held, pages, self.page_size)
+                page = self.coverage.first_page(row)
+                skipped = page * self.page_size
+                known, pages = row.tokens[first:end], row.pages[page:]
+                packed[row.seq] = row, pack_row(known, end - skipped, pages, self.page_size, skipped=skipped)
         if not packed:
             return {}, torch.zeros(0)
         reading = [packed[row.seq] for row in rows if row.seq in packed]
-        ends = [line.end + self.coverage.first_page(row) * self.page_size for row, line in reading]
+        ends = [line.skipped + line.end for _, line in reading]
         through = [end == row.length for end, (row, _) in zip(ends, reading, strict=True)]
         batch = join([line for _, line in reading], through, self.device)
         logits = self.forward(batch, None)

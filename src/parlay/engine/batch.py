@@ -50,6 +50,7 @@ class PackedRow:
     end: int  # known tokens in KV after this pass
     tree: Tree
     first_node: int  # nodes before this one are in KV already; the others run
+    skipped: int = 0  # positions of the text before the first page; all others are counted from there
 
     @property
     def count(self) -> int:
@@ -99,6 +100,7 @@ def pack_row(
     page_size: int,
     tree: Tree = NO_TREE,
     guesses: Sequence[int] = (),
+    skipped: int = 0,
 ) -> PackedRow:
     """One row of a pass.
 
@@ -109,6 +111,7 @@ def pack_row(
         page_size: Positions per page.
         tree: Behind the known tokens, those of its nodes that are in KV already included.
         guesses: Tokens of its last nodes, as many as run in this pass.
+        skipped: Positions of the text before the first of these pages.
     """  # fmt: skip
     first_node = len(tree) - len(guesses)
     held = np.asarray(pages[: -(-(end + len(tree)) // page_size)], dtype=np.int64)
@@ -123,6 +126,7 @@ def pack_row(
         end=end,
         tree=tree,
         first_node=first_node,
+        skipped=skipped,
     )
 
 

@@ -105,9 +105,12 @@ class Recording:
     def close(self) -> None:
         """Writes what steps cost by now."""
         policy = self._engine.policy
-        if isinstance(policy, Goodput):
-            self._write({"profile": asdict(policy.clock.learnt())})
-        self._file.close()
+        try:
+            with self._file:
+                if isinstance(policy, Goodput):
+                    self._write({"profile": asdict(policy.clock.learnt())})
+        except OSError as error:
+            logger.warning("the recording has no end (%s)", error.strerror)
 
     def _drop_aborted(self) -> None:
         """Forgets choices that nobody waits for any more; a recording has none of them."""

@@ -35,7 +35,6 @@ class Course(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    worth: float
     method: str
     offer: Offer
     nodes: tuple[int, ...]
@@ -132,7 +131,7 @@ class Quick:
                     )  # fmt: skip
                     if found > worth:
                         worth = found
-                        best = _Choice(found, offer.method, offer, nodes[: n + 1], values[n], depths[n])
+                        best = _Choice(offer.method, offer, nodes[: n + 1], values[n], depths[n])
         return best
 
     def _courses(self, drafter: Drafter, offer: Offer, row: PolicyRow, by_depth: bool) -> tuple[Course, ...]:
