@@ -41,6 +41,9 @@ class Expected:
     seconds_off: float
 
 
+NOTHING = Expected(0.0, 0.0, 0.0)
+
+
 class Goodput:
     """Maximises tokens per second over method, depth, tree and off, row by row.
 
@@ -57,7 +60,8 @@ class Goodput:
         clock: What steps take.
         control: Whether bets have paid.
         drafters: What is known of each method; learnt, unless something was put there before.
-        expected: What the last plan was expected to bring.
+        expected: What the last plan was expected to bring, apart from rows with bets of their own; `NOTHING` where it
+            was only to read prompts.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class Goodput:
         self.clock = Clock(profile)
         self.control = Control(control_share)
         self.drafters: dict[str, Drafter] = {}
-        self.expected = Expected(0.0, 0.0, 0.0)
+        self.expected = NOTHING
         self._priors = dict(priors or {})
         self._margin, self._horizon = margin, horizon
         self._prober = Prober(probe_share)
@@ -97,6 +101,7 @@ class Goodput:
         self._made = {}
         emitting = sum(row.samples for row in rows)
         if not emitting:
+            self.expected = NOTHING
             return StepPlan((None,) * len(rows))
         self._plans += 1
         bucket = int(4 * math.log2(emitting))
@@ -113,6 +118,7 @@ class Goodput:
         advantage = (expected.emitted - emitting) / price - (expected.seconds - expected.seconds_off)
         if self.control.due(expected.seconds_off, advantage):
             self._made = {}
+            self.expected = Expected(float(emitting), expected.seconds_off, expected.seconds_off)
         bets = tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows)
         soon = self._again or (self._plans + 1) % FRESH == 0 or any(_wishes(row) for row in rows)
         self._hidden = frozenset() if soon else frozenset(self._resting)
@@ -194,9 +200,14 @@ class Goodput:
                 for offer in some:
                     if offer.method not in resting:
                         by_method[offer.method].append((place, offer))
-        found = []
+        found, able = [], int((step.deepest > 0).sum())
+        for name in self.drafters.keys() - by_method.keys() - self._hidden - {*resting}:
+            by_method[name] = []  # nothing to offer, though it was asked
         for name, entries in by_method.items():
             filled = [entry for entry in entries if entry[1].tree.parents]
+            if able:
+                drafter = self.drafter(name)
+                drafter.offered += 0.1 * (len(filled) / able - drafter.offered)
             if filled:
                 places, offered = zip(*filled, strict=True)
                 cost = self.clock.draft(name)

@@ -82,10 +82,14 @@ class Drafter:
     Args:
         method: Its name.
         acceptance: How often its guesses are accepted.
+
+    Attributes:
+        offered: Share of the rows that could bet for which it had guesses, lately.
     """
 
     def __init__(self, method: str, acceptance: Acceptance) -> None:
         self.method, self.acceptance, self.confidence = method, acceptance, ConfidenceCurve()
+        self.offered = 1.0
         self._survivals: dict[Tree, tuple[Floats, Floats]] = {}
         self._bets: dict[Tree, dict[tuple[int, ...], Bet]] = {}
 

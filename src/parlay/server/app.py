@@ -24,12 +24,14 @@ from starlette.responses import JSONResponse, Response
 
 from parlay import __version__
 from parlay.config import EngineConfig
+from parlay.engine.monitor import Monitor
 from parlay.server.admission import QueueFull
 from parlay.server.answers import EventStream, whole_answer
 from parlay.server.call import Call, check_model
 from parlay.server.chat import prepare_chat
 from parlay.server.completions import prepare_completion
 from parlay.server.contract import ServingEngine
+from parlay.server.dashboard import Dashboard
 from parlay.server.errors import CLIENT_GONE, ApiError, install_error_handlers
 from parlay.server.graceful import GRACE_SECONDS, GracefulServer
 from parlay.server.metrics import Metrics
@@ -53,6 +55,7 @@ class Service:
         metrics: Where calls are counted.
         api_key: What clients must present; None lets everybody in.
         max_body_bytes: Longer bodies are answered with 413.
+        dashboard: The page that shows how the engine stands, if there is one.
         created: When the model was loaded, in seconds since the epoch.
     """
 
@@ -61,10 +64,12 @@ class Service:
     metrics: Metrics
     api_key: str | None
     max_body_bytes: int
+    dashboard: Dashboard | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
-        """The routes; all but /health and /metrics ask for the key, and without one there is no /admin."""
+        """The routes; all but /health, /metrics and the dashboard's page, which holds nothing by itself, ask for the
+        key, and without one there is no /admin."""
         guarded = APIRouter(dependencies=[Depends(self.authorise)])
         guarded.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
         guarded.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
@@ -76,6 +81,9 @@ class Service:
             guarded.add_api_route("/admin/policy", self.use_policy, methods=["POST"])
             guarded.add_api_route("/admin/forget", self.forget, methods=["POST"])
         routes = APIRouter()
+        if self.dashboard is not None:
+            routes.add_api_route("/dashboard", self.dashboard.page, methods=["GET"], response_model=None)
+            guarded.add_api_route("/dashboard/events", self.dashboard.events, methods=["GET"], response_model=None)
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
         routes.add_api_route("/metrics", self.write_metrics, methods=["GET"], response_model=None)
         routes.include_router(guarded)
@@ -166,9 +174,22 @@ class Service:
 
 
 def create_app(
-    worker: EngineWorker, *, names: Sequence[str], api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    worker: EngineWorker,
+    *,
+    names: Sequence[str],
+    api_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    monitor: Monitor | None = None,
 ) -> FastAPI:
-    """The application over a worker, which it starts and stops with itself; `names` are the model's."""
+    """The application over a worker, which it starts and stops with itself.
+
+    Args:
+        worker: Runs the engine.
+        names: What clients may call the model; answers have the first.
+        api_key: What clients must present; None lets everybody in.
+        max_body_bytes: Longer bodies are answered with 413.
+        monitor: Watches the engine for the dashboard; None for no dashboard.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -181,7 +202,8 @@ def create_app(
     # No schema pages: bodies are read and checked off the event loop, where FastAPI does not see their types.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     metrics = Metrics(names[0], lambda: worker.status)
-    app.include_router(Service(worker, tuple(names), metrics, api_key, max_body_bytes).router())
+    dashboard = None if monitor is None else Dashboard(worker, monitor)
+    app.include_router(Service(worker, tuple(names), metrics, api_key, max_body_bytes, dashboard).router())
     install_error_handlers(app)
     return app
 
@@ -252,7 +274,8 @@ def serve(
         gc.freeze()  # what was loaded stays: looking through all of it again stopped everybody for 0.3 s (measured)
         worker = EngineWorker(engine, max_queue_size)
         names = tuple(served_model_names) or (config.model,)
-        app = create_app(worker, names=names, api_key=api_key, max_body_bytes=max_body_bytes)
+        monitor = Monitor(engine)
+        app = create_app(worker, names=names, api_key=api_key, max_body_bytes=max_body_bytes, monitor=monitor)
         precision = str(engine.model.dtype).removeprefix("torch.")
         ready = f"{names[0]} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
         server = GracefulServer(

@@ -51,6 +51,7 @@ class GracefulServer(uvicorn.Server):
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.leaving = True
         cut_off = asyncio.create_task(self._cut_off())
         try:
             await super().shutdown(sockets)

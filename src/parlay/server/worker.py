@@ -126,6 +126,7 @@ class EngineWorker:
         self.engine = engine
         self.failure: str | None = None  # why the engine is broken; set once, by the engine thread
         self.status = engine.status()  # as of the last turn; replaced by the engine thread
+        self.leaving = False  # the server was told to end: what is in flight may finish, who looks on should go
         self._queue_limit = QueueLimit(max_queue_size)
         self._commands: queue.SimpleQueue[_Add | _Release | _Ask | _Stop] = queue.SimpleQueue()
         self._door = threading.Lock()  # nothing is added behind the last command, `_Stop`
