@@ -107,6 +107,7 @@ def test_it_follows_a_growing_text_and_learns_from_answers() -> None:
     first = row_of(tokens, prompt=2)
     drafter.offer([first])
     alone.offer([first])
+    drafter.commit([first], [], {})
     first.tokens.extend([4, 5, 6])
     drafter.forget(first.seq)
     alone.forget(first.seq)
@@ -116,6 +117,18 @@ def test_it_follows_a_growing_text_and_learns_from_answers() -> None:
     assert offer.tokens == (4, 5, 6)
     assert alone.offer([second]) == [None]
     assert not drafter.offer([row_of([7], seq=3)])[0]  # prompts are not shared
+
+
+def test_it_learns_from_answers_for_which_it_was_not_asked() -> None:
+    drafter = Suffix(Tree.chain(4))
+    first = row_of([7, 7, 1, 2, 3], prompt=2)
+    for token in (4, 5, 6):
+        drafter.commit([first], [], {})
+        first.tokens.append(token)
+    drafter.forget(first.seq)
+    (offer,) = drafter.offer([row_of([9, 1, 2, 3], seq=2)])
+    assert offer is not None
+    assert offer.tokens == (4, 5, 6)
 
 
 def test_a_long_match_is_believed_and_a_short_one_hardly() -> None:

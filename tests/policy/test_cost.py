@@ -151,15 +151,13 @@ def test_a_hiccup_moves_little() -> None:
     assert scale.factor < 1.01
 
 
-def test_intervals_hold_what_they_promise() -> None:
+def test_the_spread_is_that_of_steps() -> None:
     scale, rng = LiveScale(), np.random.default_rng(0)
-    inside = 0
-    for step in range(3000):
-        measured = 0.02 * rng.lognormal(math.log(1.3), 0.08)
-        low, high = scale.interval(0.02)
-        inside += step >= 500 and low <= measured <= high
-        scale.observe(0.02, measured)
-    assert 0.92 < inside / 2500 < 0.98
+    found = []
+    for _ in range(3000):
+        scale.observe(0.02, 0.02 * rng.lognormal(math.log(1.3), 0.08))
+        found.append(scale.spread)
+    assert np.mean(found[500:]) == pytest.approx(0.08, rel=0.1)
 
 
 def test_what_took_no_time_teaches_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -163,6 +164,7 @@ class Drafters:
         self.by_name = {drafter.name: drafter for drafter in drafters}
         self.sources = dict(sources or {})
         self.failed: tuple[str, ...] = ()
+        self._vocab_size = sys.maxsize  # until a target is there
 
     def check(self, wish: Speculation | Bet) -> None:
         """Refuses a bet on a drafter that was never there.
@@ -186,6 +188,7 @@ class Drafters:
         return sum(drafter.bytes_per_position for drafter in self.by_name.values())
 
     def attach(self, target: TargetModel) -> None:
+        self._vocab_size = target.vocab_size
         for drafter in self.by_name.values():
             drafter.attach(target)
 
@@ -207,6 +210,8 @@ class Drafters:
                 found = drafter.offer([rows[i] for i in willing])
                 shown = [offer for offer in found if offer is not None and offer.tokens is not None]
                 assert drafter.deterministic or not shown, f"{drafter.name} shows sampled guesses"
+                for offer in filter(None, found):
+                    self._check_offer(drafter, offer)
                 for i, offer in zip(willing, found, strict=True):
                     if offer is not None:
                         offers[i].append(offer)
@@ -224,6 +229,9 @@ class Drafters:
                 for (_, bet), draft in zip(bound, guesses, strict=True):
                     small = draft is None or (len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth)
                     assert small, f"{drafter.name} drew more than the planned tree"
+                    assert draft is None or self._are_tokens(draft.tokens, draft.tree), (
+                        f"{drafter.name} draws no tokens"
+                    )
                 for (i, _), draft in zip(bound, guesses, strict=True):
                     drafts[i] = draft if draft is not None and draft.tree else None
         return drafts
@@ -242,6 +250,19 @@ class Drafters:
         for drafter in self._working():
             with self._or_off(drafter):
                 drafter.forget_answers()
+
+    def _check_offer(self, drafter: Drafter, offer: Offer) -> None:
+        """An offer that breaks its promises would be taken at its word by policies."""
+        assert offer.method == drafter.name, f"{drafter.name} makes offers for {offer.method}"
+        assert offer.tokens is None or self._are_tokens(offer.tokens, offer.tree), f"{drafter.name} shows no tokens"
+        sure = offer.confidence
+        if sure:
+            assert len(sure) == len(offer.tree), f"{drafter.name} is sure of other guesses than it shows"
+            known = 0 <= min(sure) <= max(sure) <= 1 and sum(sure) >= 0  # the sum shows what is not a number
+            assert known, f"{drafter.name} is sure beyond reason"
+
+    def _are_tokens(self, tokens: Sequence[int], tree: Tree) -> bool:
+        return len(tokens) == len(tree) and (not tokens or (min(tokens) >= 0 and max(tokens) < self._vocab_size))
 
     def _working(self) -> list[Drafter]:
         return list(self.by_name.values())

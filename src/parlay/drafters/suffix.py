@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from parlay.bets import Tree
 from parlay.drafters.base import ShownGuesses
 from parlay.policy.trees import Ints
-from parlay.types import Offer, Row
+from parlay.types import Offer, Row, RowResult
+
+if TYPE_CHECKING:
+    import torch
 
 GRAMS = (3, 2, 1)  # tokens by which positions are found, the longest first
 OCCURRENCES = 32  # that are kept of each, the latest
@@ -152,7 +155,6 @@ class Suffix(ShownGuesses):
         own = self._own.get(row.seq)
         if own is None:
             own = self._own[row.seq] = Occurrences(1 << 40)
-            self._rows[row.seq] = row.tokens, len(row.request.prompt)
         own.append(row.tokens[len(own) : row.length])
         suffix = row.tokens[max(0, row.length - REACH) : row.length]
         depth = min(self.tree.depth, row.max_depth)
@@ -201,6 +203,12 @@ class Suffix(ShownGuesses):
         if not tokens:
             return None
         return Offer(self.name, Tree(tuple(parents)), tuple(tokens), tuple(confidence))
+
+    def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:
+        """See `Drafter`; answers are remembered though nobody asks for guesses meanwhile."""
+        for row in rows:
+            if row.seq not in self._rows:
+                self._rows[row.seq] = row.tokens, len(row.request.prompt)
 
     def forget_answers(self) -> None:
         """See `Drafter`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from parlay.engine.blocks import Blocks
 from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compiling, whole_model
 from parlay.engine.kv import PagedKV
+from parlay.engine.laps import Laps
 from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.engine.output import OutputStream
 from parlay.engine.sampling import FreshDraws
@@ -29,8 +29,20 @@ from parlay.engine.tokenizer import Tokenizer
 from parlay.policy.base import Policy
 from parlay.policy.cost import Profile
 from parlay.policy.fixed import Off
+from parlay.policy.goodput import Goodput
 from parlay.policy.own_bets import plan_around
-from parlay.types import Delta, EngineStatus, InvalidRequest, Request, Row, RowResult, StepReport, StepResult
+from parlay.types import (
+    Delta,
+    EngineStatus,
+    InvalidRequest,
+    Offer,
+    Request,
+    Row,
+    RowResult,
+    StepPlan,
+    StepReport,
+    StepResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +93,8 @@ class Engine:
         self.policy_name = config.policy or "auto"
         self._resting = ()  # whatever was measured
         self._policies = {self.policy_name: self.policy, "auto": self.policy}
+        if isinstance(self.policy, Goodput):
+            self._policies["goodput"] = self.policy  # by its own name
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -153,7 +167,7 @@ class Engine:
         """
         try:
             if name not in self._policies:
-                self._policies[name] = policy_for(self, name, "skip")
+                self._policies[name] = policy_for(self, self.config.policy if name == "auto" else name, "skip")
         except ValueError as error:
             said = str(error).removeprefix("policy ")
             raise InvalidRequest(f"policy: {said}", "policy") from error
@@ -165,13 +179,13 @@ class Engine:
     def step(self) -> list[Delta]:
         """Advances every scheduled row by at least one token, or by a chunk of its prompt."""
         self._adopt_compiled()
-        lap = _Laps()
+        lap = Laps(self.model.device)
         rows = self.scheduler.schedule()
         if not rows:
             return []
         lap("schedule")
         offers = self.drafters.offer(rows, self._resting)
-        plan = plan_around(self.policy, [row.own_bet for row in rows], rows, offers, self.scheduler.budget)
+        plan = self._plan(rows, offers)
         self._resting = plan.resting
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
@@ -189,11 +203,33 @@ class Engine:
         self.scheduler.commit(rows, kept)
         self._finish(rows, deltas)
         lap("commit")
-        result = StepResult(outcome, lap.seconds)
-        self.policy.observe(rows, result)  # an output's end is not a rejection
+        result = StepResult(outcome, lap.parts())
+        self._observe(rows, result)
         if self.listeners:
             self._tell(StepReport(rows, result, deltas, lap.ended))
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
+
+    def _plan(self, rows: list[Row], offers: list[list[Offer]]) -> StepPlan:
+        """What to bet; nothing for now where the policy fails, and plain decoding from then on."""
+        own, budget = [row.own_bet for row in rows], self.scheduler.budget
+        try:
+            return plan_around(self.policy, own, rows, offers, budget)
+        except Exception:  # whatever it is, requests go on without its bets
+            self._drop_policy()
+            return plan_around(self.policy, own, rows, offers, budget)
+
+    def _observe(self, rows: list[Row], result: StepResult) -> None:
+        """Tells the policy what came of its plan; whole results, since an output's end is not a rejection."""
+        try:
+            self.policy.observe(rows, result)
+        except Exception:
+            self._drop_policy()
+
+    def _drop_policy(self) -> None:
+        """Decodes plainly from now on; the policy that failed begins anew when somebody asks for it."""
+        logger.exception("the policy %s failed: nothing is bet from now on", self.policy_name)
+        self._policies = {name: some for name, some in self._policies.items() if some is not self.policy}
+        self.policy, self.policy_name, self._resting = Off(), "off", ()
 
     def _tell(self, report: StepReport) -> None:
         for listener in tuple(self.listeners):
@@ -247,23 +283,6 @@ def _cut(result: RowResult, count: int) -> RowResult:
         accepted=result.accepted[:count],
         logprobs=result.logprobs[:count],
     )
-
-
-class _Laps:
-    """Seconds by part of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.began = self._last = time.perf_counter()
-
-    def __call__(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def ended(self) -> float:
-        return self._last
 
 
 def _max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:

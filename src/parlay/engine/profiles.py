@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from parlay.config import Calibrate
 from parlay.engine import native
 from parlay.engine.calibration import MOST_SECONDS, SHORTEST, calibrate, hardware
 from parlay.engine.checkpoint import cache_dir
-from parlay.policy.cost import Profile, VerifyCost
+from parlay.policy.cost import DraftCost, Profile, VerifyCost
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GUESS = Profile("unknown", "unknown", "unknown", VerifyCost.linear(0.02, 0.002), notes="never measured")
+LEVEL = DraftCost(per_level=0.002)  # as rough a guess, of drafters that run a model
 
 
 def profile_for(engine: Engine, how: Calibrate) -> Profile:
@@ -46,10 +48,10 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
         logger.warning("%s, so it is measured again", error)
     if engine.max_model_len < SHORTEST:
         logger.warning("a context of %d leaves nothing to measure: what steps cost is guessed", engine.max_model_len)
-        return GUESS
+        return _guessed(engine)
     if how == "skip":
         logger.info("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
-        return GUESS
+        return _guessed(engine)
     logger.info("measuring what steps cost, once for this machine and model (at most %.0f s)", MOST_SECONDS[how])
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring what steps cost", total=1.0)
@@ -69,6 +71,11 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
     except OSError as error:
         logger.warning("%s could not be written (%s), so the next start measures again", path, error.strerror)
     return calibration.profile
+
+
+def _guessed(engine: Engine) -> Profile:
+    drafts = {name: LEVEL for name, drafter in engine.drafters.by_name.items() if not drafter.deterministic}
+    return replace(GUESS, drafts=drafts)
 
 
 def stored(engine: Engine) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,12 @@ from parlay.policy.base import PolicyRow
 from parlay.policy.cost import DraftCost, LiveCurve, LiveScale, Profile
 from parlay.policy.trees import Floats
 from parlay.types import StepResult
+
+SLOW = 20.0  # times as long as expected is worth a line in the log
+AGAIN = 256  # steps between two such lines
+MOVED = 0.7  # of the logarithm of what all passes have in common: worth a line as well
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class Clock:
         self.profile = profile
         self.verify, self.host = LiveCurve(), LiveScale()
         self.drafting, self.catching_up = LiveScale(), LiveScale(memory=5.0)
+        self._told, self._quiet = 0.0, 0  # the logarithm that the log knows; steps before the next line about slow ones
 
     def seconds(self, load: Load, room: int) -> Floats:
         """[room + 1] seconds of a step by its guesses, without the drafters'."""
@@ -76,15 +85,21 @@ class Clock:
             host=self.profile.host.scaled(self.host.factor),
         )
 
-    def observe(self, rows: Sequence[PolicyRow], result: StepResult, catch_up: Mapping[int, int]) -> float:
+    def observe(self, rows: Sequence[PolicyRow], result: StepResult, catch_up: Mapping[int, int] | None) -> float:
         """Learns from the times of a step, and says what it would have taken without guesses, in seconds.
+
+        That is 0 where the times cannot be true, and nothing is learnt then.
 
         Args:
             rows: Of the step.
             result: What became of them, and seconds by part.
-            catch_up: By row, tokens that its drafter had to read first.
+            catch_up: By row, tokens that its drafter had to read first; None where that is not known of all of them,
+                and then nothing is learnt about drafting.
         """
         parts = dict(result.seconds)
+        if not all(0 <= some < math.inf for some in parts.values()):
+            logger.warning("the clock jumped: nothing is learnt from a step of %s s", sum(parts.values()))
+            return 0.0
         verify, draft, host = parts.pop("verify", 0.0), parts.pop("draft", 0.0), sum(parts.values())
         drafted: defaultdict[str, _Drafted] = defaultdict(_Drafted)
         new = known = guesses = 0
@@ -95,7 +110,7 @@ class Clock:
                 some.rows, some.guesses, guesses = some.rows + 1, some.guesses + size, guesses + size
                 some.levels = max(some.levels, got.tree.depth)
                 some.context += row.start
-                some.catch_up += catch_up.get(row.seq, 0)
+                some.catch_up += catch_up.get(row.seq, 0) if catch_up else 0
         count, profile = len(rows), self.profile
         plain = profile.verify.at(new, count, known)
         off = plain * self.verify.factor(new) + self.host.factor * profile.host(count, 0)
@@ -107,8 +122,24 @@ class Clock:
             cost = profile.draft(method)
             guessing += cost(some.levels, some.rows, some.guesses, some.context)
             reading += cost.per_catch_up * some.catch_up
-        if reading > guessing:
+        if catch_up is None:
+            pass
+        elif reading > guessing:
             self.catching_up.observe(reading, draft - self.drafting.factor * guessing)
         elif not reading:
             self.drafting.observe(guessing, draft)
+        self._tell(verify, passed * self.verify.factor(new + guesses))
         return off
+
+    def _tell(self, measured: float, expected: float) -> None:
+        """Says in the log when a pass was odd, or when all of them have become slower or faster."""
+        self._quiet -= 1
+        if measured > SLOW * expected and self._quiet <= 0:
+            self._quiet = AGAIN
+            logger.warning(
+                "a pass took %.3g s where %.3g s were expected; a single one changes little", measured, expected
+            )
+        now = math.log(self.verify.scale.factor)
+        if abs(now - self._told) > MOVED:
+            self._told = now
+            logger.info("passes take %.2g times as long as was measured at first", math.exp(now))

@@ -13,6 +13,7 @@ APART = 16  # plans between two control steps, at least
 STEPS = 64  # with bets, after which their gain is judged, and after which an old one counts a third
 ENOUGH, PLAIN = 4, 50  # plain steps before anything is judged, and after which an old one counts a third
 ODD = 0.3  # of a logarithm: what is further off counts as much
+WORST = -2.0  # a step can cost by its bets, as a share; what takes longer than that has other reasons
 SURE = 2.0  # standard errors that a loss must be clear by
 SHORTEST, LONGEST = 128, 4096  # plans that a pause takes
 
@@ -71,7 +72,7 @@ class Control:
         if self._plain < ENOUGH:
             return
         off = seconds_off * math.exp(self._log)
-        saved = (emitted / rows * off - seconds) / off
+        saved = max((emitted / rows * off - seconds) / off, WORST)
         self._steps += 1
         rate = 1 / min(self._steps, STEPS)
         self.gain += rate * (saved - self.gain)

@@ -296,11 +296,6 @@ class LiveScale:
         """Standard deviation of the relative error of a prediction."""
         return self._spread
 
-    def interval(self, predicted: float, deviations: float = 1.96) -> tuple[float, float]:
-        """Where a step is expected that the profile says takes so long; 95% of them by default."""
-        wide = math.exp(deviations * self._spread)
-        return predicted * self.factor / wide, predicted * self.factor * wide
-
     def observe(self, predicted: float, measured: float) -> None:
         """Learns from a step; predicted is what the profile says, without the factor."""
         if predicted <= 0 or measured <= 0:

@@ -296,22 +296,17 @@ class Goodput:
             self.drafter(method).confidence.observe(np.array(confidence), np.array(accepted))
         for drafter in self.drafters.values():
             drafter.acceptance.tick()
+            if self._step % FRESH == 0:
+                drafter.tell()
+        own = all(got.method is None or row.seq in self._made for row, got in zip(rows, result.rows, strict=True))
         late = {seq: made.offer.catch_up for seq, made in self._made.items() if made.offer.catch_up}
-        off = self.clock.observe(rows, result, late)
-        if self._answers_for(rows, result):
+        off = self.clock.observe(rows, result, late if own else None)
+        if own and all(map(_only_decodes, rows)):  # nothing else explains what a step took: it tells if betting pays
             emitted = sum(len(got.emitted) for got in result.rows)
             guesses = sum(got.drafted for got in result.rows)
             self.control.observe(emitted, len(rows), guesses, sum(result.seconds.values()), off)
         if self._step % FORGET == 0:
             self._forget()
-
-    def _answers_for(self, rows: Sequence[PolicyRow], result: StepResult) -> bool:
-        """Whether a step tells if betting pays: nobody reads a prompt or asked for more than its share, and all bets
-        are this policy's own."""
-        return all(
-            _only_decodes(row) and (got.method is None or row.seq in self._made)
-            for row, got in zip(rows, result.rows, strict=True)
-        )
 
     def _forget(self) -> None:
         """Drops requests that have not been seen for long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parlay.bets import Bet, Tree
-from parlay.policy.acceptance import LEVELS, RANKS, Acceptance
+from parlay.policy.acceptance import LEVELS, RANKS, Acceptance, MethodAcceptance
 from parlay.policy.allocation import Bools, Candidates, Guesses, ManyTrees, OneTree
 from parlay.policy.base import PolicyRow
 from parlay.policy.confidence import ConfidenceCurve
@@ -19,7 +20,10 @@ from parlay.policy.cost import DraftCost
 from parlay.policy.trees import Floats, Ints, ancestor_mask, child_ranks, subtree
 from parlay.types import Offer
 
+logger = logging.getLogger(__name__)
+
 UNLIKELY = 0.01  # guesses that survive less often are not looked at
+TELLING, MOVED = 50, 0.3  # trials before the log is told anything; and change that it is told
 KEPT = 64  # trees for which a drafter's results are kept
 
 
@@ -90,8 +94,20 @@ class Drafter:
     def __init__(self, method: str, acceptance: Acceptance) -> None:
         self.method, self.acceptance, self.confidence = method, acceptance, ConfidenceCurve()
         self.offered = 1.0
+        self._told: float | None = None  # share of first guesses accepted, as the log knows it
         self._survivals: dict[Tree, tuple[Floats, Floats]] = {}
         self._bets: dict[Tree, dict[tuple[int, ...], Bet]] = {}
+
+    def tell(self) -> None:
+        """Says in the log when guesses have become much better or worse."""
+        known = self.acceptance
+        if isinstance(known, MethodAcceptance) and known.trials >= TELLING:
+            now = float(known.pool[0, 0])
+            before, self._told = self._told, now if self._told is None or abs(now - self._told) > MOVED else self._told
+            if before not in (None, self._told):
+                logger.info(
+                    "%.0f%% of the first guesses of %s are accepted, not %.0f%%", 100 * now, self.method, 100 * before
+                )
 
     def survival(self, tree: Tree) -> Floats:
         """[groups, nodes] how likely each node is accepted, by group of requests; 0 where it is too unlikely.
