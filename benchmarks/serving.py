@@ -2,7 +2,8 @@
 
 One server holds all drafters. At every rate and for every seed the policies take turns in another order, each with the
 same prompts at the same times, and what drafters remember of answers is dropped between them. Rates are shares of the
-server's own capacity without guesses, which is measured first. Latency is from a request's due time to the end of its
+server's own capacity without guesses, which is measured first. Two more loads change half-way: one from 0.2 to 1.2
+of capacity, one from code and sums to prose. Latency is from a request's due time to the end of its
 answer. Intervals draw pairs of seed and request again. Run it on an otherwise idle machine.
 """
 
@@ -32,6 +33,20 @@ OFF = "off"
 POLICIES = ("off", "auto", "fixed:1", "fixed:2", "fixed:4", "suffix:8", "synergy", "smartspec")
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 WARM_UP = 4  # requests
+SLOW, FAST = 0.2, 1.2  # of capacity, before and after the rate changes
+STEADY = 0.4  # of capacity, while the texts change
+SHIFTS = (f"{SLOW:g} to {FAST:g}", "code to prose")
+CODE = ("coding", "math", "math_reasoning")
+PROSE = ("writing", "roleplay", "humanities", "stem")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests and when they are due, with a name."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    times: tuple[float, ...]  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +62,9 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One policy at one rate with one seed."""
+    """One policy under one load with one seed."""
 
-    share: float
-    rate: float
+    load: str
     seed: int
     policy: str
     requests: tuple[Answered, ...]
@@ -58,9 +72,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One policy at one rate, over its seeds."""
+    """One policy under one load, over its seeds."""
 
-    share: float
+    load: str
     policy: str
     latency: float  # mean seconds
     p99: float
@@ -159,6 +173,7 @@ def parse() -> argparse.Namespace:
         "--policies", nargs="+", default=POLICIES, help="names of policies, or bets of requests (default: %(default)s)"
     )
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of capacity (default: %(default)s)")
+    parser.add_argument("--shifts", action="store_true", help="also the two loads that change half-way")
     parser.add_argument("--requests", type=int, default=24, help="of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests in flight (default: %(default)s)")
@@ -176,29 +191,44 @@ def measure_capacity(bench: Bench, prompts: Sequence[Prompt]) -> float:
     return len(prompts) / max(answer.latency for answer in answers)
 
 
+def loads(options: argparse.Namespace, prompts: Sequence[Prompt], capacity: float, seed: int) -> Iterator[Load]:
+    """Those of one seed: every rate, and the two that change half-way."""
+    count, half = options.requests, options.requests // 2
+    for place, share in enumerate(options.shares):
+        first = (seed * len(options.shares) + place) * count
+        some = tuple(itertools.islice(itertools.cycle(prompts), first, first + count))
+        yield Load(f"{share:g}", some, tuple(schedule(share * capacity, count, seed)))
+    if options.shifts:
+        slow, fast = (schedule(share * capacity, half, seed) for share in (SLOW, FAST))
+        later = [slow[-1] + 1 / capacity + time for time in fast]
+        some = tuple(itertools.islice(itertools.cycle(prompts), seed * count, seed * count + 2 * half))
+        yield Load(SHIFTS[0], some, (*slow, *later))
+        code, prose = ([prompt for prompt in prompts if prompt.category in some] for some in (CODE, PROSE))
+        halves = (itertools.islice(itertools.cycle(some), seed * half, (seed + 1) * half) for some in (code, prose))
+        times = tuple(schedule(STEADY * capacity, 2 * half, seed))
+        yield Load(SHIFTS[1], tuple(itertools.chain(*halves)), times)
+
+
 def run_all(bench: Bench, options: argparse.Namespace, prompts: Sequence[Prompt], capacity: float) -> Iterator[Run]:
-    """Every policy at every rate with every seed, the policies taking turns."""
-    supply = itertools.cycle(prompts)
-    jobs = list(itertools.product(range(options.seeds), options.shares))
+    """Every policy under every load with every seed, the policies taking turns."""
+    jobs = [(seed, load) for seed in range(options.seeds) for load in loads(options, prompts, capacity, seed)]
     with progress("serving", len(jobs) * len(options.policies)) as advance:
-        for number, (seed, share) in enumerate(jobs):
-            some = list(itertools.islice(supply, options.requests))
-            rate, first = share * capacity, number % len(options.policies)
-            times = schedule(rate, options.requests, seed)
+        for number, (seed, load) in enumerate(jobs):
+            first = number % len(options.policies)
             for policy in (*options.policies[first:], *options.policies[:first]):
-                yield Run(share, rate, seed, policy, bench.run(policy, some, times))
+                yield Run(load.name, seed, policy, bench.run(policy, load.prompts, load.times))
                 advance()
 
 
 def summarise(runs: Sequence[Run]) -> Iterator[Line]:
-    """Every policy at every rate."""
-    for share in dict.fromkeys(run.share for run in runs):
-        plain = answers(runs, share, OFF)
+    """Every policy under every load."""
+    for load in dict.fromkeys(run.load for run in runs):
+        plain = answers(runs, load, OFF)
         for policy in dict.fromkeys(run.policy for run in runs):
-            mine = answers(runs, share, policy)
+            mine = answers(runs, load, policy)
             latency = [answer.latency for answer in mine]
             yield Line(
-                share=share,
+                load=load,
                 policy=policy,
                 latency=float(np.mean(latency)),
                 p99=float(np.percentile(latency, 99)),
@@ -209,19 +239,19 @@ def summarise(runs: Sequence[Run]) -> Iterator[Line]:
             )
 
 
-def answers(runs: Sequence[Run], share: float, policy: str) -> list[Answered]:
-    """All of a policy at a rate, seed by seed."""
-    some = sorted((run for run in runs if (run.share, run.policy) == (share, policy)), key=lambda run: run.seed)
+def answers(runs: Sequence[Run], load: str, policy: str) -> list[Answered]:
+    """All of a policy under a load, seed by seed."""
+    some = sorted((run for run in runs if (run.load, run.policy) == (load, policy)), key=lambda run: run.seed)
     return [answer for run in some for answer in run.requests]
 
 
-def regret(result: Serving) -> Iterator[tuple[float, float]]:
-    """By rate, how much longer `auto` took than the best of the others that do not adapt, as a share."""
-    for share in dict.fromkeys(line.share for line in result.lines):
-        by_policy = {line.policy: line.latency for line in result.lines if line.share == share}
+def regret(result: Serving) -> Iterator[tuple[str, float]]:
+    """By load, how much longer `auto` took than the best of the others that do not adapt, as a share."""
+    for load in dict.fromkeys(line.load for line in result.lines):
+        by_policy = {line.policy: line.latency for line in result.lines if line.load == load}
         fixed = [latency for policy, latency in by_policy.items() if policy == OFF or ":" in policy]
         if "auto" in by_policy:
-            yield share, by_policy["auto"] / min(fixed) - 1
+            yield load, by_policy["auto"] / min(fixed) - 1
 
 
 def show(result: Serving) -> None:
@@ -232,23 +262,23 @@ def show(result: Serving) -> None:
         f"guesses {result.capacity:.2f} requests/s",
         highlight=False,
     )
-    columns = ("of capacity", "policy", "latency s, mean", "p99", "TTFT s, p50", "tokens/step", "over off", "equal")
+    columns = ("load", "policy", "latency s, mean", "p99", "TTFT s, p50", "tokens/step", "over off", "equal")
     rows = (
         (
-            f"{line.share:g}",
+            line.load,
             line.policy,
             f"{line.latency:.3f}",
             f"{line.p99:.3f}",
             f"{line.ttft:.3f}",
             f"{line.tokens_per_step:.2f}",
             "" if line.over_off is None else f"{line.over_off:.3f}",
-            f"{line.equal} of {result.requests * result.seeds}",
+            str(line.equal),
         )
         for line in result.lines
     )
     out.print(table("latency by load", columns, rows, texts=2))
-    for share, worse in regret(result):
-        out.print(f"auto at {share:g} of capacity: {worse:+.1%} against the best that does not adapt", highlight=False)
+    for load, worse in regret(result):
+        out.print(f"auto, load {load}: {worse:+.1%} against the best that does not adapt", highlight=False)
     mean = {
         policy: np.mean([line.latency for line in result.lines if line.policy == policy])
         for policy in dict.fromkeys(line.policy for line in result.lines)
@@ -263,8 +293,8 @@ def draw(result: Serving, path: Path) -> None:
     policies = list(dict.fromkeys(line.policy for line in result.lines))
     styles = look(policies)
     for policy in policies:
-        lines = [line for line in result.lines if line.policy == policy]
-        shares = [line.share for line in lines]
+        lines = [line for line in result.lines if line.policy == policy and line.load not in SHIFTS]
+        shares = [float(line.load) for line in lines]
         latency.plot(shares, [line.latency for line in lines], label=policy, **styles[policy])
         if policy != OFF:
             gains = [line.over_off.value if line.over_off else 1.0 for line in lines]

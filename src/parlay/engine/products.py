@@ -45,7 +45,10 @@ class PackedLinear(nn.Module):
         if narrow is None:
             weight = weight.to(rounded)
             half = weight.to(torch.bfloat16)
-            narrow = half if torch.equal(half.to(weight.dtype), weight) else weight
+            if weight.shape[1] % 2:  # the operator takes inputs of narrow weights in pairs
+                narrow = weight.float()
+            else:
+                narrow = half if torch.equal(half.to(weight.dtype), weight) else weight
         self.register_buffer("weight", torch.ops.parlay.pack_weight(narrow), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 

@@ -1,5 +1,6 @@
-// Products of few tokens with packed weights, in float32. What a token gets does not depend on the tokens beside it:
-// every output is one chain of fused multiply-adds over the inputs, in their order, whatever the shape.
+// Products of few tokens with packed weights, summed in float32. What a token gets does not depend on the tokens beside
+// it: every output is one chain of multiply-adds over the inputs, in their order, whatever the shape. Where the hardware
+// multiplies pairs of bfloat16, a link of the chain is a pair of inputs.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +10,18 @@
 
 #include "simd.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace parlay {
 
 constexpr int kPanel = 2 * kLanes;  // outputs whose weights lie side by side
-constexpr int kTokens = 6;          // tokens that meet a panel at a time: 12 sums, 2 weights and an input in registers
+#if defined(__AVX512F__)
+constexpr int kTokens = 12;  // tokens that meet a panel at a time: 24 sums, 2 weights and an input in 32 registers
+#else
+constexpr int kTokens = 6;  // 12 sums in 16 registers
+#endif
 constexpr int64_t kNear = 48;       // tokens whose inputs stay in cache while the panels pass by
 
 // How weights of a type lie in a panel: so many inputs at a time, and where output `lane` of input k is, such that a load
@@ -31,15 +40,15 @@ struct Layout<float> {
 };
 
 template <>
-struct Layout<bfloat16> {  // two in every 32 bits: no widening needed
-  static constexpr int kInputs = 1;
-  static int64_t place(int64_t k, int lane) {
-    return k * kPanel + (lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1);
-  }
+struct Layout<bfloat16> {  // two inputs in every 32 bits: no widening needed, and what pairs of products are made of
+  static constexpr int kInputs = 2;
+  static int64_t place(int64_t k, int lane) { return k / 2 * 2 * kPanel + lane * 2 + k % 2; }
   static void load(const bfloat16* from, vfloat* to) {
-    const vuint pairs = load_as<vuint>(from);
-    to[0] = (vfloat)(pairs << 16);
-    to[1] = (vfloat)(pairs & 0xffff0000u);
+    const vuint low = load_as<vuint>(from), high = load_as<vuint>(from + kPanel);
+    to[0] = (vfloat)(low << 16);
+    to[1] = (vfloat)(high << 16);
+    to[2] = (vfloat)(low & 0xffff0000u);
+    to[3] = (vfloat)(high & 0xffff0000u);
   }
 };
 
@@ -73,6 +82,12 @@ void pack(const W* weight, int64_t outputs, int64_t inputs, W* packed) {
   });
 }
 
+template <class W>
+inline void prefetch(const W* from, int count) {  // a kilobyte ahead
+  for (int byte = 0; byte < count * static_cast<int>(sizeof(W)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + 1024 + byte);
+}
+
 // What is done to sums of products, output by output; null for nothing.
 struct After {
   const float* scale;
@@ -81,33 +96,58 @@ struct After {
   After from(int64_t output) const { return {scale ? scale + output : scale, bias ? bias + output : bias}; }
 };
 
-// `count` outputs of one panel for M tokens.
-template <int M, class W, class Y>
-inline void multiply(const float* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs, int count) {
-  vfloat low[M], high[M];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) low[m] = high[m] = vfloat{};
+// Sums of products of one panel for M tokens: outputs 0.. in `low` and kLanes.. in `high`.
+template <int M, class W>
+inline void accumulate(const float* x, int64_t inputs, const W* panel, vfloat* low, vfloat* high) {
   constexpr int kInputs = Layout<W>::kInputs;
   for (int64_t k = 0; k < inputs; k += kInputs) {
     vfloat weights[2 * kInputs];
     Layout<W>::load(panel + k * kPanel, weights);
-    __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kPanel) + 1024);
+    prefetch(panel + k * kPanel, kInputs * kPanel);
 #pragma GCC unroll 2
     for (int step = 0; step < kInputs; ++step)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const float input = x[m * inputs + k + step];
         low[m] += input * weights[2 * step];
         high[m] += input * weights[2 * step + 1];
       }
   }
+}
+
+#if defined(__AVX512BF16__)
+template <int M>
+inline void accumulate(const bfloat16* x, int64_t inputs, const bfloat16* panel, vfloat* low, vfloat* high) {
+  for (int64_t k = 0; k < inputs; k += 2) {
+    const bfloat16* from = panel + k * kPanel;
+    const auto first = load_as<__m512bh>(from), second = load_as<__m512bh>(from + kPanel);
+    prefetch(from, 2 * kPanel);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, x + m * inputs + k, sizeof pair);
+      const auto input = (__m512bh)_mm512_set1_epi32(pair);
+      low[m] = (vfloat)_mm512_dpbf16_ps((__m512)low[m], first, input);
+      high[m] = (vfloat)_mm512_dpbf16_ps((__m512)high[m], second, input);
+    }
+  }
+}
+#endif
+
+// `count` outputs of one panel for M tokens.
+template <int M, class X, class W, class Y>
+inline void multiply(const X* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs, int count) {
+  vfloat low[M], high[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) low[m] = high[m] = vfloat{};
+  accumulate<M>(x, inputs, panel, low, high);
   float scale[kPanel], bias[kPanel] = {};
   std::fill_n(scale, kPanel, 1.0f);
   if (after.scale != nullptr) std::copy_n(after.scale, count, scale);
   if (after.bias != nullptr) std::copy_n(after.bias, count, bias);
   const vfloat low_scale = load(scale), high_scale = load(scale + kLanes);
   const vfloat low_bias = load(bias), high_bias = load(bias + kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     if (count == kPanel) {
       store(y + m * outputs, low[m] * low_scale + low_bias);
@@ -121,24 +161,28 @@ inline void multiply(const float* x, int64_t inputs, const W* panel, After after
   }
 }
 
-template <class W, class Y>
-void multiply(int64_t tokens, const float* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs,
+template <int M, class X, class W, class Y>
+inline void multiply_some(int64_t tokens, const X* x, int64_t inputs, const W* panel, After after, Y* y,
+                          int64_t outputs, int count) {
+  if constexpr (M > 0) {
+    if (tokens == M) return multiply<M>(x, inputs, panel, after, y, outputs, count);
+    multiply_some<M - 1>(tokens, x, inputs, panel, after, y, outputs, count);
+  }
+}
+
+template <class X, class W, class Y>
+void multiply(int64_t tokens, const X* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs,
               int count) {
-  for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * inputs, y += kTokens * outputs)
-    multiply<kTokens>(x, inputs, panel, after, y, outputs, count);
-  switch (tokens) {
-    case 5: return multiply<5>(x, inputs, panel, after, y, outputs, count);
-    case 4: return multiply<4>(x, inputs, panel, after, y, outputs, count);
-    case 3: return multiply<3>(x, inputs, panel, after, y, outputs, count);
-    case 2: return multiply<2>(x, inputs, panel, after, y, outputs, count);
-    case 1: return multiply<1>(x, inputs, panel, after, y, outputs, count);
-    default: return;
+  for (int64_t tiles = (tokens + kTokens - 1) / kTokens; tiles > 0; --tiles) {  // of about a size: small ones are slow
+    const int64_t some = (tokens + tiles - 1) / tiles;
+    multiply_some<kTokens>(some, x, inputs, panel, after, y, outputs, count);
+    tokens -= some, x += some * inputs, y += some * outputs;
   }
 }
 
 // x: [tokens, inputs], packed: [panels, inputs, kPanel], after: [outputs] each -> y: [tokens, outputs].
-template <class W, class Y>
-void linear(const float* x, int64_t tokens, int64_t inputs, const W* packed, After after, Y* y, int64_t outputs) {
+template <class X, class W, class Y>
+void linear(const X* x, int64_t tokens, int64_t inputs, const W* packed, After after, Y* y, int64_t outputs) {
   at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < tokens; first += kNear)
       for (int64_t panel = begin; panel < end; ++panel) {

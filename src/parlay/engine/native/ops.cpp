@@ -10,6 +10,12 @@ namespace {
 
 using at::Tensor;
 
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;  // the hardware multiplies pairs of bfloat16
+#else
+constexpr bool kPairs = false;
+#endif
+
 #define PARLAY_DISPATCH(type, ...)                           \
   AT_DISPATCH_SWITCH(type, "parlay",                         \
                      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
@@ -26,7 +32,7 @@ Tensor pack_weight(const Tensor& weight) {
   const int64_t outputs = whole.size(0), inputs = whole.size(1);
   Tensor packed = at::empty({(outputs + parlay::kPanel - 1) / parlay::kPanel, inputs, parlay::kPanel}, whole.options());
   PARLAY_DISPATCH_WEIGHT(whole.scalar_type(), [&] {
-    TORCH_CHECK(inputs % parlay::Layout<scalar_t>::kInputs == 0, "int8 weights: inputs must come in pairs");
+    TORCH_CHECK(inputs % parlay::Layout<scalar_t>::kInputs == 0, "narrow weights: inputs must come in pairs");
     parlay::pack(whole.const_data_ptr<scalar_t>(), outputs, inputs, packed.data_ptr<scalar_t>());
   });
   return packed;
@@ -42,15 +48,23 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   auto shape = x.sizes().vec();
   shape.back() = outputs;
   Tensor y = at::empty(shape, x.options());
-  const Tensor wide = x.to(at::kFloat).contiguous();
+  const bool pairs = kPairs && x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16;
+  const Tensor given = (pairs ? x : x.to(at::kFloat)).contiguous();
+  const int64_t tokens = given.numel() / inputs;
   const Tensor wide_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const parlay::After after{scale ? scale->const_data_ptr<float>() : nullptr,
                             bias ? wide_bias.const_data_ptr<float>() : nullptr};
   using parlay::bfloat16;
+  if constexpr (kPairs) {
+    if (pairs) {
+      parlay::linear(given.const_data_ptr<bfloat16>(), tokens, inputs, packed.const_data_ptr<bfloat16>(), after,
+                     y.data_ptr<bfloat16>(), outputs);
+      return y;
+    }
+  }
   const auto run = [&](auto* to) {
     PARLAY_DISPATCH_WEIGHT(packed.scalar_type(), [&] {
-      parlay::linear(wide.const_data_ptr<float>(), wide.numel() / inputs, inputs, packed.const_data_ptr<scalar_t>(), after,
-                     to, outputs);
+      parlay::linear(given.const_data_ptr<float>(), tokens, inputs, packed.const_data_ptr<scalar_t>(), after, to, outputs);
     });
   };
   PARLAY_DISPATCH(y.scalar_type(), [&] { run(y.data_ptr<scalar_t>()); });
