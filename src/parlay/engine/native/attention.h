@@ -2,24 +2,30 @@
 //
 // Every query has its own list of keys in the order of positions: known tokens through its row's page table, then its
 // ancestors among the guesses, itself last. The list is walked in chunks of kChunk positions, so what a query gets does
-// not depend on what else is in the step, nor on whether it was guessed: a chunk's sums have one shape and order, and
-// keys that it may not see add exact zeros.
+// not depend on what else is in the step, nor on whether it was guessed: every score and every sum is a chain in the
+// order of dimensions or positions, and keys that it may not see add exact zeros.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/Parallel.h>
 
 #include "simd.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace parlay {
 
 constexpr int64_t kChunk = 64;  // positions
 constexpr int64_t kLines = 48;  // queries times heads that meet a chunk together
+constexpr int64_t kStride = kChunk + 8;  // of a line's scores: they are written by the eight
 constexpr int64_t kAhead = 128 << 10;  // bytes of keys and values that a worker reads ahead
 
 // T: of the tensors; all of them contiguous.
@@ -73,9 +79,49 @@ inline void dots(const float* q, int64_t size, const T* const* keys, float* scor
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     const quad four = sums(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
-    std::memcpy(scores + m * kChunk, &four, sizeof four);
+    std::memcpy(scores + m * kStride, &four, sizeof four);
   }
 }
+
+#if defined(__AVX512BF16__)
+// Where the hardware multiplies pairs of bfloat16, lines lie side by side in panels of kLanes, so that nothing is summed
+// across a vector: panel[pair of dimensions][line][2].
+constexpr bool kPanels = true;
+
+inline vfloat add_pairs(vfloat sum, const bfloat16* lines, int32_t pair) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)sum, load_as<__m512bh>(lines), (__m512bh)_mm512_set1_epi32(pair));
+}
+
+typedef float vhalves __attribute__((vector_size(kBytes / 2)));  // half as many lines: twice as fast
+
+inline vhalves add_pairs(vhalves sum, const bfloat16* lines, int32_t pair) {
+  return (vhalves)_mm256_dpbf16_ps((__m256)sum, load_as<__m256bh>(lines), (__m256bh)_mm256_set1_epi32(pair));
+}
+
+// found[key][p][line] = q[line] . keys[key] for 8 keys and the first lines, as many as V has, of P panels.
+template <int P, class V>
+inline void pair_dots(const bfloat16* panels, int64_t size, const bfloat16* const* keys, V (*found)[P]) {
+  V sum[8][P];
+#pragma GCC unroll 8
+  for (int key = 0; key < 8; ++key)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[key][p] = V{};
+  for (int64_t d = 0; d < size; d += 2)
+#pragma GCC unroll 8
+    for (int key = 0; key < 8; ++key) {
+      int32_t pair;
+      std::memcpy(&pair, keys[key] + d, sizeof pair);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sum[key][p] = add_pairs(sum[key][p], panels + (p * size + d) * kLanes, pair);
+    }
+#pragma GCC unroll 8
+  for (int key = 0; key < 8; ++key)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) found[key][p] = sum[key][p];
+}
+#else
+constexpr bool kPanels = false;
+#endif
 
 // total[m] += sum over keys of weights[m, key] * values[key] for M lines, W vectors wide.
 template <int M, int W, class T>
@@ -91,7 +137,7 @@ inline void mix(const float* weights, const T* const* values, int64_t count, int
     for (int w = 0; w < W; ++w) value[w] = load(values[key] + offset + w * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const float weight = weights[m * kChunk + key];
+      const float weight = weights[m * kStride + key];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) sum[m][w] += weight * value[w];
     }
@@ -105,7 +151,7 @@ inline void mix(const float* weights, const T* const* values, int64_t count, int
 template <int M, class T>
 inline void mix(const float* weights, const T* const* values, int64_t count, float* total, int64_t size) {
   int64_t offset = 0;
-  if constexpr (M <= 3)
+  if constexpr (M <= 3 || kLanes == 16)  // as many sums as there are registers for
     for (; offset + 4 * kLanes <= size; offset += 4 * kLanes)
       mix<M, 4>(weights, values, count, offset, total + offset, size);
   for (; offset < size; offset += 2 * kLanes) mix<M, 2>(weights, values, count, offset, total + offset, size);
@@ -120,9 +166,11 @@ class Lines {
       : a(attention), folds(a.heads / a.kv_heads), both(a.key_size + a.value_size), key_size(padded(a.key_size, kLanes)),
         value_size(padded(a.value_size, 2 * kLanes)),
         direct(key_size == a.key_size && value_size == a.value_size), states(heads),
-        scores(most * folds * kChunk), copied(direct ? 0 : kChunk * (key_size + value_size), T(0)) {
+        scores(most * folds * kStride), panels(by_panels ? padded(most * folds, kLanes) / kLanes : 0), 
+        copied(direct ? 0 : 2 * kChunk * (key_size + value_size), T(0)) {
     for (State& state : states) {
-      state.query.resize(most * folds * key_size);
+      state.query.resize(by_panels ? 0 : most * folds * key_size);
+      state.panels.resize(panels * key_size * kLanes);
       state.total.resize(most * folds * value_size);
       state.peak.resize(most * folds);
       state.mass.resize(most * folds);
@@ -136,55 +184,72 @@ class Lines {
     int64_t start = std::numeric_limits<int64_t>::max(), stop = 0;
     for (int64_t token = first; token < last; ++token) {
       start = std::min(start, oldest(token));
-      stop = std::max(stop, shared(token));
+      stop = std::max(stop, a.known[token]);
     }
-    walk(last - 1, start / kChunk * kChunk, stop, first, last, false);  // the last knows the most
-    for (int64_t token = first; token < last; ++token)  // the rest of a guess's list is its own
-      walk(token, std::max(shared(token), oldest(token) / kChunk * kChunk), end(token), token, token + 1, true);
+    walk(last - 1, start / kChunk * kChunk, stop, first, last);  // the last knows the most, and all guesses the same
+    for (int64_t token = first; token < last; ++token)
+      if (a.guessed(token) > 0)  // the rest of its list, from the chunk on in which nothing is known
+        walk(token, std::max(padded(stop, kChunk), oldest(token) / kChunk * kChunk), end(token), token, token + 1);
     for (int64_t head = low; head < high; ++head) finish(head);
   }
 
  private:
   struct State {  // of one KV head
     std::vector<float> query, total, peak, mass;
+    std::vector<T> panels;  // in place of `query`, and not scaled yet
   };
+
+  struct Gathered {  // of a chunk
+    const T* keys[kChunk + 7];
+    const T* values[kChunk];
+    int64_t count = 0;
+  };
+
+  static constexpr bool by_panels = kPanels && std::is_same_v<T, bfloat16>;
 
   const Attention<T>& a;
   int64_t folds, both, key_size, value_size;
   bool direct;  // the pool's own memory can be read
   std::vector<State> states;
   std::vector<float> scores;
+  int64_t panels;
   std::vector<T> copied;  // padded with zeros
   int64_t first = 0, last = 0, low = 0, high = 0;
-  int64_t slots[kChunk], ahead[kChunk];
-  const T* keys[kChunk + 3];
-  const T* values[kChunk];
-  int64_t count = 0, coming = 0, fetched = 0;  // keys in this chunk, in the next, and of those the ones on their way
+  int64_t slots[kChunk], ahead[kChunk], own[kChunk];
+  Gathered common, guesses;  // of all tokens that walk, and of one of them
+  int64_t coming = 0, fetched = 0;  // keys in the next chunk, and of those the ones on their way
 
   int64_t end(int64_t token) const { return a.known[token] + a.guessed(token); }
   int64_t oldest(int64_t token) const { return a.window > 0 ? std::max<int64_t>(0, end(token) - a.window) : 0; }
-  int64_t shared(int64_t token) const {  // positions whose keys all queries of the row have in common
-    return a.guessed(token) > 0 ? a.known[token] / kChunk * kChunk : a.known[token];
+  int64_t ours(int64_t token, int64_t chunk, int64_t stop) const {  // its guesses in a chunk whose rest is known
+    const bool some = a.guessed(token) > 0 && stop < chunk + kChunk && a.known[token] == stop;
+    return some ? std::min(end(token), chunk + kChunk) - stop : 0;
   }
 
   void begin(int64_t head) {
     State& state = states[head - low];
     const int64_t lines = (last - first) * folds;
-    std::fill_n(state.query.begin(), lines * key_size, 0.0f);
+    std::fill(state.query.begin(), state.query.end(), 0.0f);
+    std::fill(state.panels.begin(), state.panels.end(), T(0));
     std::fill_n(state.total.begin(), lines * value_size, 0.0f);
     std::fill_n(state.peak.begin(), lines, -std::numeric_limits<float>::infinity());
     std::fill_n(state.mass.begin(), lines, 0.0f);
     for (int64_t line = 0; line < lines; ++line) {
       const T* from = a.query + ((first + line / folds) * a.heads + head * folds + line % folds) * a.key_size;
-      for (int64_t d = 0; d < a.key_size; ++d) state.query[line * key_size + d] = static_cast<float>(from[d]) * a.scale;
+      T* panel = state.panels.data() + line / kLanes * kLanes * key_size + line % kLanes * 2;
+      for (int64_t d = 0; d < a.key_size; ++d)
+        if constexpr (by_panels)
+          panel[d / 2 * 2 * kLanes + d % 2] = from[d];
+        else
+          state.query[line * key_size + d] = static_cast<float>(from[d]) * a.scale;
     }
   }
 
   // Positions [start, stop) of one token's list are looked at by the lines of tokens [from, to).
-  void walk(int64_t token, int64_t start, int64_t stop, int64_t from, int64_t to, bool own) {
+  void walk(int64_t token, int64_t start, int64_t stop, int64_t from, int64_t to) {
     coming = 0;
     for (int64_t chunk = start; chunk < stop; chunk += kChunk) {
-      count = std::min(stop - chunk, kChunk);
+      const int64_t count = std::min(stop - chunk, kChunk);
       if (coming > 0) {
         std::copy_n(ahead, count, slots);
       } else {
@@ -195,8 +260,8 @@ class Lines {
       a.locate(token, chunk + count, chunk + count + coming, ahead);
       fetched = 0;
       for (int64_t head = low; head < high; ++head) {
-        gather(head);
-        attend(states[head - low], head, from, to, chunk, own);
+        gather(head, slots, count, 0, common);
+        attend(states[head - low], head, from, to, chunk, stop);
       }
     }
   }
@@ -208,46 +273,114 @@ class Lines {
     for (const T* from = at(slot, low); from < at(slot, high); from += line) __builtin_prefetch(from);
   }
 
-  // Points at the keys and values of the chunk.
-  void gather(int64_t head) {
+  // Points at keys and values; what cannot be read in place is copied to places from `place` on.
+  void gather(int64_t head, const int64_t* slots, int64_t count, int64_t place, Gathered& found) {
+    found.count = count;
     for (int64_t i = 0; i < count; ++i) {
-      keys[i] = at(slots[i], head);
-      values[i] = keys[i] + a.key_size;
+      found.keys[i] = at(slots[i], head);
+      found.values[i] = found.keys[i] + a.key_size;
       if (direct) continue;
-      T* to = copied.data() + i * (key_size + value_size);
-      std::copy_n(keys[i], a.key_size, to);
-      std::copy_n(values[i], a.value_size, to + key_size);
-      keys[i] = to;
-      values[i] = to + key_size;
+      T* to = copied.data() + (place + i) * (key_size + value_size);
+      std::copy_n(found.keys[i], a.key_size, to);
+      std::copy_n(found.values[i], a.value_size, to + key_size);
+      found.keys[i] = to;
+      found.values[i] = to + key_size;
     }
-    for (int64_t i = count; i < padded(count, 4); ++i) keys[i] = keys[count - 1];
+    for (int64_t i = count; i < padded(count, 8); ++i) found.keys[i] = found.keys[count - 1];
   }
 
-  // The lines of tokens [from, to) look at the gathered keys, which begin at position `chunk`.
-  void attend(State& state, int64_t head, int64_t from, int64_t to, int64_t chunk, bool own) {
+  // The lines of tokens [from, to) look at the gathered keys, which begin at position `chunk`; where these end at `stop`
+  // within the chunk, every guess looks at its own keys behind them.
+  void attend(State& state, int64_t head, int64_t from, int64_t to, int64_t chunk, int64_t stop) {
     const int64_t begin = (from - first) * folds, lines = (to - from) * folds;
-    const float* query = &state.query[begin * key_size];
     float* s = scores.data();
-    for (int64_t key = 0; key < count; key += 4) {
-      for (int64_t to_fetch = ((head - low) * count + key + 4) * coming / ((high - low) * count); fetched < to_fetch; ++fetched)
-        prefetch(ahead[fetched]);
-      int64_t line = 0;
-      for (; line + 3 <= lines; line += 3) dots<3>(query + line * key_size, key_size, keys + key, s + line * kChunk + key);
-      for (; line < lines; ++line) dots<1>(query + line * key_size, key_size, keys + key, s + line * kChunk + key);
-    }
+    score(state, begin, lines, common, s, [&](int64_t key) { fetch(head, key); });
     bool any = false;
-    for (int64_t line = 0; line < lines; ++line) {
-      const int64_t token = from + line / folds, to_see = own ? end(token) : shared(token);
+    for (int64_t token = from; token < to; ++token) {
+      const int64_t line = (token - from) * folds, more = ours(token, chunk, stop);
+      if (more > 0) {
+        gather_guesses(token, head, stop, more);
+        score(state, begin + line, folds, guesses, s + line * kStride + common.count, [](int64_t) {});
+      }
       const int64_t lowest = std::clamp<int64_t>(oldest(token) - chunk, 0, kChunk);
-      const int64_t highest = std::clamp<int64_t>(to_see - chunk, 0, count);
-      any |= soften(state, begin + line, s + line * kChunk, lowest, highest);
+      const int64_t highest = std::clamp<int64_t>(end(token) - chunk, 0, common.count + more);
+      for (int64_t fold = 0; fold < folds; ++fold)
+        any |= soften(state, begin + line + fold, s + (line + fold) * kStride, lowest, highest);
     }
-    if (!any) return;
+    if (any) gain(state, begin, lines, common, s);
+    for (int64_t token = from; token < to; ++token)
+      if (const int64_t line = (token - from) * folds, more = ours(token, chunk, stop); more > 0) {
+        gather_guesses(token, head, stop, more);
+        gain(state, begin + line, folds, guesses, s + line * kStride + common.count);
+      }
+  }
+
+  void gather_guesses(int64_t token, int64_t head, int64_t stop, int64_t count) {
+    a.locate(token, stop, stop + count, own);
+    gather(head, own, count, kChunk, guesses);
+  }
+
+  // Adds values to the totals of lines [begin, begin + lines) by their weights.
+  void gain(State& state, int64_t begin, int64_t lines, const Gathered& from, const float* s) {
     float* total = &state.total[begin * value_size];
     int64_t line = 0;
-    for (; line + 6 <= lines; line += 6) mix<6>(s + line * kChunk, values, count, total + line * value_size, value_size);
-    for (; line + 3 <= lines; line += 3) mix<3>(s + line * kChunk, values, count, total + line * value_size, value_size);
-    for (; line < lines; ++line) mix<1>(s + line * kChunk, values, count, total + line * value_size, value_size);
+    const auto add = [&]<int M>(std::integral_constant<int, M>) {
+      for (; line + M <= lines; line += M)
+        mix<M>(s + line * kStride, from.values, from.count, total + line * value_size, value_size);
+    };
+    add(std::integral_constant<int, 6>());
+    add(std::integral_constant<int, 3>());
+    add(std::integral_constant<int, 1>());
+  }
+
+  // Scores of gathered keys for lines [begin, begin + lines); says before each few how far it will have come.
+  template <class Say>
+  void score(State& state, int64_t begin, int64_t lines, const Gathered& from, float* s, Say say) {
+    constexpr int64_t step = by_panels ? 8 : 4;
+    for (int64_t key = 0; key < from.count; key += step) {
+      say(key + step);
+      if constexpr (by_panels) {
+        score_by_panels(state, begin, begin + lines, from.keys + key, s + key);
+      } else {
+        const float* query = &state.query[begin * key_size];
+        int64_t line = 0;
+        for (; line + 3 <= lines; line += 3)
+          dots<3>(query + line * key_size, key_size, from.keys + key, s + line * kStride + key);
+        for (; line < lines; ++line) dots<1>(query + line * key_size, key_size, from.keys + key, s + line * kStride + key);
+      }
+    }
+  }
+
+  // Of 8 keys for lines [begin, end).
+  void score_by_panels(State& state, int64_t begin, int64_t end, const T* const* keys, float* s) {
+    if constexpr (by_panels) {
+      const int64_t last = (end + kLanes - 1) / kLanes;
+      int64_t panel = begin / kLanes;
+      for (; panel + 3 <= last; panel += 3) score_panels<3, vfloat>(state, panel * kLanes, begin, end, keys, s);
+      if (panel + 2 == last) score_panels<2, vfloat>(state, panel * kLanes, begin, end, keys, s);
+      if (panel + 1 != last) return;
+      const int64_t half = kLanes / 2, low = std::max(begin, panel * kLanes) / half, high = (end - 1) / half;
+      if (low == high)
+        score_panels<1, vhalves>(state, low * half, begin, end, keys, s);
+      else
+        score_panels<1, vfloat>(state, panel * kLanes, begin, end, keys, s);
+    }
+  }
+
+  // The same from line `first` on, as many as P times V has.
+  template <int P, class V>
+  void score_panels(State& state, int64_t first, int64_t begin, int64_t end, const T* const* keys, float* s) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(float);
+    V found[8][P];
+    pair_dots<P>(state.panels.data() + first / kLanes * kLanes * key_size + first % kLanes * 2, key_size, keys, found);
+    const auto* flat = reinterpret_cast<const float*>(found);
+    for (int64_t line = std::max(begin, first); line < std::min(end, first + P * lanes); ++line)
+      for (int i = 0; i < 8; ++i) s[(line - begin) * kStride + i] = flat[i * P * lanes + line - first] * a.scale;
+  }
+
+  void fetch(int64_t head, int64_t key) {
+    const int64_t to_fetch = ((head - low) * common.count + key) * coming / ((high - low) * common.count);
+    for (; fetched < std::min(to_fetch, coming); ++fetched) prefetch(ahead[fetched]);
   }
 
   // Turns a line's scores into weights, 0 outside [from, to), and rescales what it has; whether it sees anything.
@@ -289,13 +422,24 @@ class Lines {
 
 template <class T>
 void attend(const Attention<T>& a) {
-  const int64_t folds = a.heads / a.kv_heads, most = std::max<int64_t>(1, kLines / folds);
+  const int64_t folds = a.heads / a.kv_heads, threads = at::get_num_threads();
+  int64_t most = std::max<int64_t>(1, kLines / folds);
   std::vector<std::pair<int64_t, int64_t>> blocks;  // of tokens of one row
-  for (int64_t first = 0, last; first < a.tokens; first = last) {
-    for (last = first + 1; last < a.tokens && last < first + most && a.row[last] == a.row[first];) ++last;
-    blocks.emplace_back(first, last);
+  const auto cut = [&] {
+    blocks.clear();
+    for (int64_t first = 0, last; first < a.tokens; first = last) {
+      for (last = first + 1; last < a.tokens && last < first + most && a.row[last] == a.row[first];) ++last;
+      blocks.emplace_back(first, last);
+    }
+  };
+  cut();
+  if (static_cast<int64_t>(blocks.size()) * a.kv_heads < 4 * threads && a.tokens > 1) {  // so that all have work
+    int64_t longest = 1;
+    for (const auto& [first, last] : blocks) longest = std::max(longest, last - first);
+    most = (longest + 1) / 2;
+    cut();
   }
-  const int64_t threads = at::get_num_threads(), size = static_cast<int64_t>(blocks.size());
+  const int64_t size = static_cast<int64_t>(blocks.size());
   const int64_t chunk = kChunk * (a.key_size + a.value_size) * static_cast<int64_t>(sizeof(T));
   const int64_t near = std::clamp<int64_t>(kAhead / chunk, 1, a.kv_heads);  // so that a chunk stays near for them all
   const int64_t heads = size * (a.kv_heads / near) < 4 * threads ? 1 : near, groups = (a.kv_heads + heads - 1) / heads;
