@@ -26,7 +26,8 @@ namespace parlay {
 constexpr int64_t kChunk = 64;  // positions
 constexpr int64_t kLines = 48;  // queries times heads that meet a chunk together
 constexpr int64_t kStride = kChunk + 8;  // of a line's scores: they are written by the eight
-constexpr int64_t kAhead = 128 << 10;  // bytes of keys and values that a worker reads ahead
+constexpr int64_t kAhead = 128 << 10;  // bytes of keys and values that may be near at a time
+constexpr int64_t kFar = 48;            // positions that are fetched ahead, into the second cache: the first is too small
 
 // T: of the tensors; all of them contiguous.
 template <class T>
@@ -215,9 +216,10 @@ class Lines {
   int64_t panels;
   std::vector<T> copied;  // padded with zeros
   int64_t first = 0, last = 0, low = 0, high = 0;
-  int64_t slots[kChunk], ahead[kChunk], own[kChunk];
+  std::vector<int64_t> slots;  // where the tokens walk
+  int64_t own[kChunk];
   Gathered common, guesses;  // of all tokens that walk, and of one of them
-  int64_t coming = 0, fetched = 0;  // keys in the next chunk, and of those the ones on their way
+  int64_t begun = 0, fetched = 0;  // slots before this chunk, and those that are here or on their way
 
   int64_t end(int64_t token) const { return a.known[token] + a.guessed(token); }
   int64_t oldest(int64_t token) const { return a.window > 0 ? std::max<int64_t>(0, end(token) - a.window) : 0; }
@@ -247,20 +249,13 @@ class Lines {
 
   // Positions [start, stop) of one token's list are looked at by the lines of tokens [from, to).
   void walk(int64_t token, int64_t start, int64_t stop, int64_t from, int64_t to) {
-    coming = 0;
+    slots.resize(std::max<int64_t>(0, stop - start));
+    a.locate(token, start, stop, slots.data());
+    fetched = 0;
     for (int64_t chunk = start; chunk < stop; chunk += kChunk) {
-      const int64_t count = std::min(stop - chunk, kChunk);
-      if (coming > 0) {
-        std::copy_n(ahead, count, slots);
-      } else {
-        a.locate(token, chunk, chunk + count, slots);
-        for (int64_t i = 0; i < count; ++i) prefetch(slots[i]);
-      }
-      coming = std::clamp<int64_t>(stop - chunk - count, 0, kChunk);
-      a.locate(token, chunk + count, chunk + count + coming, ahead);
-      fetched = 0;
+      begun = chunk - start;
       for (int64_t head = low; head < high; ++head) {
-        gather(head, slots, count, 0, common);
+        gather(head, slots.data() + begun, std::min(stop - chunk, kChunk), 0, common);
         attend(states[head - low], head, from, to, chunk, stop);
       }
     }
@@ -270,7 +265,7 @@ class Lines {
 
   void prefetch(int64_t slot) const {
     constexpr int64_t line = 64 / sizeof(T);  // of the cache
-    for (const T* from = at(slot, low); from < at(slot, high); from += line) __builtin_prefetch(from);
+    for (const T* from = at(slot, low); from < at(slot, high); from += line) __builtin_prefetch(from, 0, 2);
   }
 
   // Points at keys and values; what cannot be read in place is copied to places from `place` on.
@@ -378,9 +373,11 @@ class Lines {
       for (int i = 0; i < 8; ++i) s[(line - begin) * kStride + i] = flat[i * P * lanes + line - first] * a.scale;
   }
 
+  // Fetches what comes next, when `key` of the chunk's keys have been looked at.
   void fetch(int64_t head, int64_t key) {
-    const int64_t to_fetch = ((head - low) * common.count + key) * coming / ((high - low) * common.count);
-    for (; fetched < std::min(to_fetch, coming); ++fetched) prefetch(ahead[fetched]);
+    const int64_t seen = begun + ((head - low) * common.count + key) / (high - low);
+    const int64_t until = std::min(seen + kFar, static_cast<int64_t>(slots.size()));
+    for (; fetched < until; ++fetched) prefetch(slots[fetched]);
   }
 
   // Turns a line's scores into weights, 0 outside [from, to), and rescales what it has; whether it sees anything.
