@@ -23,7 +23,6 @@ from parlay.bench.figures import check_name, legend_below, new_figure, save, tit
 from parlay.bench.report import Advance, Spread, progress, table
 from parlay.bench.workloads import Prompt, by_category, encode, load_prompts, take_turns
 from parlay.bets import parse_bet
-from parlay.drafters.base import ShownGuesses
 from parlay.engine.engine import Engine
 from parlay.policy.trees import Floats
 from parlay.types import Request, SamplingParams
@@ -168,14 +167,8 @@ def choose(prompts: Sequence[Prompt], categories: Sequence[str] | None, per_cate
 
 
 def ours(name: str, engine: Engine, temperature: float) -> Method:
-    """A bet of Parlay's."""
-
-    def forget() -> None:
-        for method, drafter in engine.drafters.by_name.items():
-            if isinstance(drafter, ShownGuesses):  # others learn nothing from answers
-                engine.drafters.by_name[method] = type(drafter)(drafter.tree)
-
-    return Method(name, OFF, partial(answer, engine, temperature), forget)
+    """A bet of Parlay's, or its own choice of bets."""
+    return Method(name, OFF, partial(answer, engine, temperature), engine.forget_answers)
 
 
 def answer(engine: Engine, temperature: float, prompt: Tokens, max_tokens: int) -> Answer:

@@ -16,7 +16,7 @@ from parlay.bench.measuring import Counting, Counts, comb
 from parlay.bench.offline import drive
 from parlay.bench.report import Advance, progress
 from parlay.bench.workloads import Prompt, encode
-from parlay.bets import Bet, Tree
+from parlay.bets import Auto, Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
 from parlay.options import parse_drafter
@@ -69,10 +69,15 @@ def add_drafters(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def new_engine(options: argparse.Namespace, bet: Bet | None, **settings: Any) -> Engine:
-    """An engine that makes this bet with the drafter that the options name for it, and keeps no prompts."""
+def new_engine(options: argparse.Namespace, bet: Bet | Auto | None, **settings: Any) -> Engine:
+    """An engine that makes this bet with the drafter that the options name for it, and keeps no prompts.
+
+    With `auto` it has all of them, and knows what steps cost.
+    """
     sources: Mapping[str, str] = dict(map(parse_drafter, options.drafter))
-    own = {name: source for name, source in sources.items() if bet is not None and name == bet.method}
+    own = {name: source for name, source in sources.items() if isinstance(bet, Bet) and name == bet.method}
+    if bet == "auto":
+        own, settings = sources, {"calibrate": "quick"} | settings
     config = EngineConfig(
         options.model, dtype=options.dtype, speculation=bet, drafters=own, prefix_caching=False, **settings
     )

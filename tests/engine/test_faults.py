@@ -25,6 +25,8 @@ from parlay.policy.goodput import Goodput
 from parlay.types import Offer, Request, Row, SamplingParams
 from tests.architectures import make_model, prompts_of
 
+pytestmark = pytest.mark.failures
+
 GREEDY: dict[str, Any] = {"temperature": 0}
 CHAIN = Tree.chain(4)
 
@@ -106,10 +108,20 @@ def test_a_drafter_that_is_always_right_is_bet_on(folder: Path, plain: dict[str,
         (lambda row, count: [1] * (count - 1), None),
         (lambda row, count: [1] * count, {"confidence": (0.5, math.nan, 0.1, 0.1)}),
         (lambda row, count: [1] * count, {"confidence": (0.5,)}),
+        (lambda row, count: [1] * count, {"confidence": ()}),
         (lambda row, count: [1] * count, {"confidence": (7.0, 0.5, 0.1, 0.1)}),
         (lambda row, count: [1] * count, {"method": "another"}),
     ],
-    ids=["beyond the vocabulary", "negative", "too few", "not a number", "not for each", "beyond reason", "misnamed"],
+    ids=[
+        "beyond the vocabulary",
+        "negative",
+        "too few",
+        "not a number",
+        "not for each",
+        "for none",
+        "beyond reason",
+        "misnamed",
+    ],
 )
 def test_a_drafter_that_talks_nonsense_is_switched_off(
     folder: Path,

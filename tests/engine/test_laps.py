@@ -35,7 +35,8 @@ def test_what_the_host_waits_for_an_accelerator_is_that_ones_time(monkeypatch: p
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: torch.device) -> None:
+            assert stream == torch.device("cuda:1")
             self.at = next(ends)
 
         def synchronize(self) -> None:
@@ -46,7 +47,8 @@ def test_what_the_host_waits_for_an_accelerator_is_that_ones_time(monkeypatch: p
 
     monkeypatch.setattr(laps.torch.cuda, "Event", Event)
     monkeypatch.setattr(laps.time, "perf_counter", lambda: next(clock))
-    lap = Laps(torch.device("cuda"))
+    monkeypatch.setattr(laps.torch.cuda, "current_stream", lambda device: device)
+    lap = Laps(torch.device("cuda:1"))
     for part in PARTS:
         lap(part)
     found = lap.parts()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
-from parlay.engine.monitor import Monitor
+from parlay.engine.monitor import SECONDS, Monitor
 from parlay.types import Request, SamplingParams, StepReport
 from tests.tiny import make_tiny_llama
 
@@ -42,7 +41,7 @@ def test_points_add_up_to_what_was_done(folder: Path) -> None:
         engine.add(request(name))
     while engine.has_work:
         engine.step()
-    found = monitor.snapshot(-math.inf)
+    found = monitor.snapshot()
     seconds = [*monitor._history]
     results = [(row, got) for report in reports for row, got in zip(report.rows, report.result.rows, strict=True)]
     assert sum(some.tokens for some in seconds) == sum(len(got.emitted) for _, got in results) == 90
@@ -68,7 +67,7 @@ def test_a_live_request_is_shown_with_its_last_tree(folder: Path) -> None:
         engine.add(request(name, speculation=wish))
     for _ in range(12):
         engine.step()
-    shown = {line["id"]: line for line in monitor.snapshot(-math.inf)["requests"]}
+    shown = {line["id"]: line for line in monitor.snapshot()["requests"]}
     assert set(shown) == {"a", "b"}  # the third has not begun
     assert shown["a"]["wish"] == "own bet"
     assert shown["b"]["wish"] == "off"
@@ -76,10 +75,10 @@ def test_a_live_request_is_shown_with_its_last_tree(folder: Path) -> None:
     assert shown["b"]["output"] == shown["b"]["steps"] == 12
     assert shown["a"]["output"] >= shown["a"]["steps"]
     engine.abort("a")
-    assert [line["id"] for line in monitor.snapshot(-math.inf)["requests"]] == ["b"]
+    assert [line["id"] for line in monitor.snapshot()["requests"]] == ["b"]
     while engine.has_work:
         engine.step()
-    assert monitor.snapshot(-math.inf)["requests"] == []
+    assert monitor.snapshot()["requests"] == []
 
 
 def test_what_is_aborted_unseen_is_forgotten(folder: Path) -> None:
@@ -92,16 +91,31 @@ def test_what_is_aborted_unseen_is_forgotten(folder: Path) -> None:
     assert len(monitor._choices) <= 2 * engine.config.max_num_seqs + 1
 
 
-def test_only_what_is_new_is_sent_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = new_engine(folder)
+def test_only_the_last_minutes_are_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(folder, speculation=Bet("prompt_lookup", Tree.chain(3)))
     monitor = Monitor(engine)
     engine.add(request("a"))
     while engine.has_work:
         engine.step()
     last = monitor._history[-1].at
-    monkeypatch.setattr("parlay.engine.monitor.time.perf_counter", lambda: last + 1.5)
-    assert last in [point["at"] for point in monitor.snapshot(-math.inf)["points"]]
-    assert monitor.snapshot(last + 1)["points"] == []
+    for later, shown in ((1.5, True), (SECONDS + 2.0, False)):
+        monkeypatch.setattr("parlay.engine.monitor.time.perf_counter", lambda later=later: last + later)
+        found = monitor.snapshot()
+        assert (last in [point["at"] for point in found["points"]]) is shown
+        assert bool(found["acceptance"]) is bool(found["passes"]) is shown
+
+
+def test_another_policys_steps_are_not_this_ones(folder: Path) -> None:
+    engine = new_engine(folder, policy="off")
+    monitor = Monitor(engine)
+    engine.add(request("a", max_tokens=60))
+    for _ in range(20):
+        engine.step()
+    engine.use_policy("goodput")
+    assert monitor.snapshot()["choices"] is None
+    while engine.has_work:
+        engine.step()
+    assert monitor.snapshot()["choices"]["others"]["off"] > 0
 
 
 def test_the_adaptive_policy_is_compared_with_others(folder: Path) -> None:
@@ -111,7 +125,7 @@ def test_the_adaptive_policy_is_compared_with_others(folder: Path) -> None:
         engine.add(request(name, max_tokens=150))
     while engine.has_work:
         engine.step()
-    found = monitor.snapshot(-math.inf)
+    found = monitor.snapshot()
     assert found["policy"] == "auto"
     assert found["cost"]["new"] == sorted(set(found["cost"]["new"]))
     assert len(found["cost"]["new"]) == len(found["cost"]["live"]) == len(found["cost"]["profiled"])

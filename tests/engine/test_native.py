@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from parlay.engine import native
 
@@ -57,3 +60,13 @@ def test_a_library_that_does_not_load(
     compile_with('while [ "$1" != -o ]; do shift; done\necho broken > "$2"', nothing_loaded, monkeypatch)
     assert not load()
     assert "could not be compiled" in caplog.text
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or native.compiler() is None, reason="compiles for other x86")
+@pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64-v4"])
+def test_machines_without_products_of_bfloat16_can_compile_it(machine: str) -> None:
+    made_by = native.compiler()
+    assert made_by is not None
+    include = Path(torch.__file__).parent / "include"
+    command = [made_by, f"-march={machine}", "-std=c++20", "-Wno-psabi", "-fopenmp", "-fsyntax-only", f"-I{include}"]
+    subprocess.run([*command, str(native.SOURCES / "ops.cpp")], check=True, timeout=100)

@@ -107,6 +107,35 @@ def test_every_token_attends_to_its_path(
     assert torch.equal(attention(call, query[one], key[one], value[one])[0], out[token])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    start=st.integers(0, 140),
+    guesses=st.integers(1, 12),
+    layout=st.sampled_from([(9, 3, 64, 64), (4, 2, 24, 40), (8, 1, 80, 80)]),
+    window=st.sampled_from([None, 7, 64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_a_guess_gets_the_bits_that_it_would_get_as_a_known_token(
+    start: int, guesses: int, layout: tuple[int, int, int, int], window: int | None, dtype: torch.dtype, seed: int
+) -> None:
+    heads, kv_heads, key_size, value_size = layout
+    generator = torch.Generator().manual_seed(seed)
+    count, pages = 1 + guesses, 2 + -(-(start + 1 + guesses) // 4)
+    before = torch.randn(pages, 4, kv_heads, key_size + value_size, generator=generator).to(dtype)
+    query, key, value = (
+        torch.randn(count, h, size, generator=generator).to(dtype)
+        for h, size in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
+    )
+    call, found = AttentionCall(0, key_size**-0.5, window, None), []
+    for shape in ((start, 1, Tree.chain(guesses)), (start, count, Tree(()))):
+        batch = packed([shape], 4, torch.Generator().manual_seed(seed))
+        kv = PagedKV([KVShape(kv_heads, key_size, value_size)], pages, 4, dtype, CPU)
+        kv.pools[0].copy_(before)
+        found.append(PathAttention(kv, batch)(call, query, key, value))
+    assert torch.equal(*found)
+
+
 def test_what_overflowed_spoils_nobody_else() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = packed([(0, 3, Tree(())), (0, 3, Tree((-1, -1)))], 4, generator)

@@ -95,6 +95,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_others_are_named(recorded: Path
             read_recording(path)
 
 
+@pytest.mark.failures
 def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(
     recorded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

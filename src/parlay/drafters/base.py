@@ -256,9 +256,9 @@ class Drafters:
         assert offer.method == drafter.name, f"{drafter.name} makes offers for {offer.method}"
         assert offer.tokens is None or self._are_tokens(offer.tokens, offer.tree), f"{drafter.name} shows no tokens"
         sure = offer.confidence
-        if sure:
+        if sure is not None:
             assert len(sure) == len(offer.tree), f"{drafter.name} is sure of other guesses than it shows"
-            known = 0 <= min(sure) <= max(sure) <= 1 and sum(sure) >= 0  # the sum shows what is not a number
+            known = not sure or (0 <= min(sure) <= max(sure) <= 1 and sum(sure) >= 0)  # NaN shows in the sum
             assert known, f"{drafter.name} is sure beyond reason"
 
     def _are_tokens(self, tokens: Sequence[int], tree: Tree) -> bool:

@@ -29,7 +29,6 @@ from parlay.engine.tokenizer import Tokenizer
 from parlay.policy.base import Policy
 from parlay.policy.cost import Profile
 from parlay.policy.fixed import Off
-from parlay.policy.goodput import Goodput
 from parlay.policy.own_bets import plan_around
 from parlay.types import (
     Delta,
@@ -87,14 +86,10 @@ class Engine:
         self._streams: dict[int, OutputStream] = {}
         self.listeners: list[Callable[[StepReport], None]] = []
         self.policy: Policy = Off()
+        self.policy_name, self._policies = "off", dict[str, Policy]()
         self.profile: Profile | None = None  # what steps cost, once a policy has asked
         self._resting: Container[str] = ()  # methods whose offers nobody will look at
-        self.policy = policy_for(self, config.policy, config.calibrate)
-        self.policy_name = config.policy or "auto"
-        self._resting = ()  # whatever was measured
-        self._policies = {self.policy_name: self.policy, "auto": self.policy}
-        if isinstance(self.policy, Goodput):
-            self._policies["goodput"] = self.policy  # by its own name
+        self._take_policy(config.policy or "auto", policy_for(self, config.policy, config.calibrate))
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -166,13 +161,21 @@ class Engine:
             InvalidRequest: for an unknown name.
         """
         try:
-            if name not in self._policies:
-                self._policies[name] = policy_for(self, self.config.policy if name == "auto" else name, "skip")
+            found = self._policies.get(name)
+            if found is None:
+                found = policy_for(self, self.config.policy if name == "auto" else name, "skip")
         except ValueError as error:
             said = str(error).removeprefix("policy ")
             raise InvalidRequest(f"policy: {said}", "policy") from error
-        self.policy, self.policy_name, self._resting = self._policies[name], name, ()
+        self._take_policy(name, found)
         logger.info("the policy is %s now", name)
+
+    def _take_policy(self, name: str, policy: Policy) -> None:
+        """Lets this policy decide, and keeps it under all of its names."""
+        usual = self.config.policy or ("goodput" if self.config.speculation == "auto" else "auto")
+        names = {usual, "auto"} if name in (usual, "auto") else {name}
+        self._policies |= dict.fromkeys(names, policy)
+        self.policy, self.policy_name, self._resting = policy, name, ()
 
     # ---- a step ---------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Laps:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._events: dict[str, torch.cuda.Event] | None = {} if device.type == "cuda" else None
         self.began = self.ended = time.perf_counter()
@@ -37,7 +38,7 @@ class Laps:
         self.ended = now
         if self._events is not None and part in (BEFORE, *AFTER):
             event = self._events[part] = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
 
     def parts(self) -> dict[str, float]:
         """Seconds by part; together they are the step's."""

@@ -45,6 +45,7 @@ class _Second:
     trials: Counter[tuple[str, int, bool]] = field(default_factory=Counter)  # by method, level, and whether accepted
     decoded: dict[int, Decoded] = field(default_factory=dict)  # by rows
     status: EngineStatus = NOT_YET
+    policy: str = ""
 
     def written(self) -> dict[str, Any]:
         """As a point of the curves."""
@@ -103,7 +104,7 @@ class Monitor:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._history: deque[_Second] = deque(maxlen=SECONDS)
-        self._passes: deque[tuple[int, float]] = deque(maxlen=PASSES)  # new tokens and seconds, guesses included
+        self._passes: deque[tuple[float, int, float]] = deque(maxlen=PASSES)  # when, new tokens with guesses, seconds
         self._load = (1.0, 0.0)  # rows of a step, and their tokens in KV, as a moving average
         self._choices: dict[int, _Choice] = {}
         engine.listeners.append(self.note)
@@ -112,11 +113,11 @@ class Monitor:
         """Takes a step."""
         second = self._second(int(report.ended))
         rows, seconds = report.rows, sum(report.result.seconds.values())
-        guesses = tokens = context = 0
+        guesses = emitting = context = 0
         plain, own = True, False
         for row, got, delta in zip(rows, report.result.rows, report.deltas, strict=True):
-            emitted = len(got.emitted)
-            tokens, guesses, context = tokens + emitted, guesses + len(got.tree), context + row.start + row.count
+            emitted, second.tokens = len(got.emitted), second.tokens + len(delta.tokens)
+            emitting, guesses, context = emitting + emitted, guesses + len(got.tree), context + row.start + row.count
             plain, own = plain and row.count == 1 and row.samples, own or row.own_bet is not None
             if emitted:
                 second.emitting += 1
@@ -126,27 +127,29 @@ class Monitor:
             self._follow(row, got, ended=delta.finish_reason is not None)
         second.steps += 1
         second.seconds += seconds
-        second.tokens += tokens
-        second.status = self._engine.status()
-        if plain:
+        second.status, second.policy = self._engine.status(), self._engine.policy_name
+        if plain and not own:
             some = second.decoded.setdefault(len(rows), Decoded())
-            some.add(Decoded(1, context, tokens, seconds))
+            some.add(Decoded(1, context, emitting, seconds))
         policy = self._engine.policy
         if isinstance(policy, Goodput) and policy.expected.seconds and not own:
             second.expected_tokens += policy.expected.emitted
             second.expected_seconds += policy.expected.seconds
-            second.foreseen_tokens += tokens
+            second.foreseen_tokens += emitting
             second.foreseen_seconds += seconds
-        self._passes.append((sum(row.count for row in rows) + guesses, report.result.seconds.get("verify", 0.0)))
+        new = sum(row.count for row in rows) + guesses
+        self._passes.append((report.ended, new, report.result.seconds.get("verify", 0.0)))
         self._load = tuple(old + 0.05 * (new - old) for old, new in zip(self._load, (len(rows), context), strict=True))
 
-    def snapshot(self, since: float) -> dict[str, Any]:
-        """How it all stands, for JSON, with the points of seconds from `since` on; called between two steps."""
+    def snapshot(self) -> dict[str, Any]:
+        """How it all stands and what was done in the last minutes, for JSON; called between two steps."""
         engine, policy = self._engine, self._engine.policy
         runs = {seq.seq for seq in engine.scheduler.running}
         self._drop_aborted()
         now = time.perf_counter()
-        recent = [second for second in self._history if second.at >= now - LATELY]
+        history = [second for second in self._history if second.at >= now - SECONDS]
+        lately = [second for second in history if second.at >= now - LATELY and second.policy == engine.policy_name]
+        passes = [(new, 1e3 * seconds) for ended, new, seconds in self._passes if ended >= now - SECONDS]
         adaptive = policy if isinstance(policy, Goodput) else None
         status = engine.status()
         return {
@@ -160,12 +163,12 @@ class Monitor:
             "preemptions": status.preemptions,
             "failed_drafters": status.failed_drafters,
             "paused": adaptive is not None and adaptive.control.paused,
-            "points": [second.written() for second in self._history if since <= second.at < int(now)],
-            "acceptance": _by_position(self._history),
+            "points": [second.written() for second in history if second.at < int(now)],
+            "acceptance": _by_position(history),
             "calibration": dict(_calibration(adaptive)) if adaptive is not None else {},
-            "passes": [(new, 1e3 * seconds) for new, seconds in self._passes],
-            "cost": self._cost(adaptive) if adaptive is not None else None,
-            "choices": _compared(adaptive, recent) if adaptive is not None else None,
+            "passes": passes,
+            "cost": self._cost(adaptive, passes) if adaptive is not None else None,
+            "choices": _compared(adaptive, lately) if adaptive is not None else None,
             "requests": [choice.written(seq in runs) for seq, choice in self._choices.items()],
         }
 
@@ -199,10 +202,10 @@ class Monitor:
         for level in range(min(won + 1, got.tree.depth)):
             second.trials[got.method, level, level < won] += 1
 
-    def _cost(self, policy: Goodput) -> dict[str, Any]:
+    def _cost(self, policy: Goodput, passes: Iterable[tuple[int, float]]) -> dict[str, Any]:
         """The curve of a pass by its new tokens beside as many rows and as much context as lately."""
         rows, context = max(1, round(self._load[0])), round(self._load[1])
-        verify, top = policy.clock.profile.verify, max((new for new, _ in self._passes), default=64)
+        verify, top = policy.clock.profile.verify, max((new for new, _ in passes), default=64)
         places = sorted({round(2 ** (step / 4)) for step in range(4 * math.ceil(math.log2(max(top, 2))) + 1)})
         profiled = [1e3 * verify.at(new, rows, context) for new in places]
         live = [ms * policy.clock.verify.factor(new) for new, ms in zip(places, profiled, strict=True)]

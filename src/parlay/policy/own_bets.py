@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from parlay.bets import Bet
 from parlay.policy.base import Policy, PolicyRow
@@ -21,9 +22,9 @@ def plan_around(
     """Makes the bets that rows asked for, as far as drafters offer them, and lets the policy decide for the others.
 
     Args:
-        policy: It sees all rows, those with bets of their own as rows for which nothing is offered.
+        policy: It sees all rows, those with bets of their own as rows for which nothing may be guessed.
         own: Per row, what it asked for.
-        rows: See `Policy.plan`, like the next two.
+        rows: Dataclasses; see `Policy.plan`, like the next two.
         offers: Per row.
         budget: Guesses; own bets take theirs first.
     """
@@ -35,5 +36,6 @@ def plan_around(
         budget -= len(made.tree) if made is not None else 0
         bets.append(made)
     others = [() if bet is not None else some for bet, some in zip(own, offers, strict=True)]
-    planned = policy.plan(rows, others, budget)
+    seen = [row if bet is None else replace(cast(Any, row), max_depth=0) for bet, row in zip(own, rows, strict=True)]
+    planned = policy.plan(seen, others, budget)
     return replace(planned, bets=tuple(mine or bet for mine, bet in zip(bets, planned.bets, strict=True)))

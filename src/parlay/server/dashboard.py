@@ -9,13 +9,15 @@ import asyncio
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 from http import HTTPStatus
 from importlib import resources
+from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from parlay.engine.monitor import Monitor
 from parlay.server.errors import ApiError
@@ -37,6 +39,8 @@ class Dashboard:
     def __init__(self, worker: EngineWorker, monitor: Monitor) -> None:
         self._worker, self._monitor = worker, monitor
         self._watched = 0
+        self._asking = asyncio.Lock()
+        self._taken, self._found = -math.inf, dict[str, Any]()  # the last snapshot and its time; one does for all
 
     async def page(self) -> Response:
         """The page; its scripts run because of a word that no other script can know."""
@@ -50,7 +54,7 @@ class Dashboard:
         }
         return HTMLResponse(_page().replace("NONCE", nonce), headers=headers)
 
-    async def events(self, request: Request) -> Response:
+    async def events(self) -> Response:
         """Snapshots of `parlay.engine.monitor.Monitor` as server-sent events.
 
         Raises:
@@ -59,23 +63,47 @@ class Dashboard:
         if self._watched >= MOST:
             message = f"{MOST} dashboards look on already; close one of them"
             raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code="too_many_dashboards")
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._snapshots(), media_type="text/event-stream", headers=headers)
+        self._watched += 1
+        return _Events(self._snapshots(), self._leave)
+
+    def _leave(self) -> None:
+        self._watched -= 1
 
     async def _snapshots(self) -> AsyncIterator[bytes]:
         """One a second, for as long as the engine lives and somebody reads; the first has all that is remembered."""
-        self._watched += 1
         since = -math.inf
         try:
             while not self._worker.leaving:
-                found = await self._worker.ask(lambda _, since=since: self._monitor.snapshot(since))
+                found = await self._snapshot()
+                points = [point for point in found["points"] if point["at"] >= since]
                 since = int(found["now"])
-                yield b"data: " + json.dumps(found, separators=(",", ":")).encode() + b"\n\n"
+                yield b"data: " + json.dumps({**found, "points": points}, separators=(",", ":")).encode() + b"\n\n"
                 await asyncio.sleep(EVERY)
         except EngineFailed as failure:
             yield b"event: failed\ndata: " + json.dumps({"reason": str(failure)}).encode() + b"\n\n"
+
+    async def _snapshot(self) -> dict[str, Any]:
+        async with self._asking:
+            if time.monotonic() - self._taken >= EVERY / 2:
+                self._found = await self._worker.ask(lambda _: self._monitor.snapshot())
+                self._taken = time.monotonic()
+            return self._found
+
+
+class _Events(StreamingResponse):
+    """A stream that says when it is over, begun or not."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self._watched -= 1
+            self._leave()
 
 
 @lru_cache(maxsize=1)

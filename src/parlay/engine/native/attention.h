@@ -10,23 +10,19 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include <ATen/Parallel.h>
 
+#include "scores.h"
 #include "simd.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace parlay {
 
-constexpr int64_t kChunk = 64;  // positions
 constexpr int64_t kLines = 48;  // queries times heads that meet a chunk together
-constexpr int64_t kStride = kChunk + 8;  // of a line's scores: they are written by the eight
-constexpr int64_t kAhead = 128 << 10;  // bytes of keys and values that may be near at a time
+constexpr int64_t kNearBytes = 128 << 10;  // bytes of keys and values that may be near at a time
 constexpr int64_t kFar = 48;            // positions that are fetched ahead, into the second cache: the first is too small
 
 // T: of the tensors; all of them contiguous.
@@ -62,101 +58,6 @@ struct Attention {
 };
 
 inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-// scores[m, 0..4) = q[m] . keys[0..4) for M lines.
-template <int M, class T>
-inline void dots(const float* q, int64_t size, const T* const* keys, float* scores) {
-  vfloat sum[M][4];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = vfloat{};
-  for (int64_t d = 0; d < size; d += kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vfloat key = load(keys[j] + d);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[m][j] += load(q + m * size + d) * key;
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) {
-    const quad four = sums(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
-    std::memcpy(scores + m * kStride, &four, sizeof four);
-  }
-}
-
-#if defined(__AVX512BF16__)
-// Where the hardware multiplies pairs of bfloat16, lines lie side by side in panels of kLanes, so that nothing is summed
-// across a vector: panel[pair of dimensions][line][2].
-constexpr bool kPanels = true;
-
-inline vfloat add_pairs(vfloat sum, const bfloat16* lines, int32_t pair) {
-  return (vfloat)_mm512_dpbf16_ps((__m512)sum, load_as<__m512bh>(lines), (__m512bh)_mm512_set1_epi32(pair));
-}
-
-typedef float vhalves __attribute__((vector_size(kBytes / 2)));  // half as many lines: twice as fast
-
-inline vhalves add_pairs(vhalves sum, const bfloat16* lines, int32_t pair) {
-  return (vhalves)_mm256_dpbf16_ps((__m256)sum, load_as<__m256bh>(lines), (__m256bh)_mm256_set1_epi32(pair));
-}
-
-// found[key][p][line] = q[line] . keys[key] for 8 keys and the first lines, as many as V has, of P panels.
-template <int P, class V>
-inline void pair_dots(const bfloat16* panels, int64_t size, const bfloat16* const* keys, V (*found)[P]) {
-  V sum[8][P];
-#pragma GCC unroll 8
-  for (int key = 0; key < 8; ++key)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum[key][p] = V{};
-  for (int64_t d = 0; d < size; d += 2)
-#pragma GCC unroll 8
-    for (int key = 0; key < 8; ++key) {
-      int32_t pair;
-      std::memcpy(&pair, keys[key] + d, sizeof pair);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sum[key][p] = add_pairs(sum[key][p], panels + (p * size + d) * kLanes, pair);
-    }
-#pragma GCC unroll 8
-  for (int key = 0; key < 8; ++key)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) found[key][p] = sum[key][p];
-}
-#else
-constexpr bool kPanels = false;
-#endif
-
-// total[m] += sum over keys of weights[m, key] * values[key] for M lines, W vectors wide.
-template <int M, int W, class T>
-inline void mix(const float* weights, const T* const* values, int64_t count, int64_t offset, float* total, int64_t size) {
-  vfloat sum[M][W];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) sum[m][w] = load(total + m * size + w * kLanes);
-  for (int64_t key = 0; key < count; ++key) {
-    vfloat value[W];
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) value[w] = load(values[key] + offset + w * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const float weight = weights[m * kStride + key];
-#pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) sum[m][w] += weight * value[w];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) store(total + m * size + w * kLanes, sum[m][w]);
-}
-
-template <int M, class T>
-inline void mix(const float* weights, const T* const* values, int64_t count, float* total, int64_t size) {
-  int64_t offset = 0;
-  if constexpr (M <= 3 || kLanes == 16)  // as many sums as there are registers for
-    for (; offset + 4 * kLanes <= size; offset += 4 * kLanes)
-      mix<M, 4>(weights, values, count, offset, total + offset, size);
-  for (; offset < size; offset += 2 * kLanes) mix<M, 2>(weights, values, count, offset, total + offset, size);
-}
 
 // The queries of a few tokens of one row, for some of the KV heads, and what they have gathered so far.
 template <class T>
@@ -430,15 +331,16 @@ void attend(const Attention<T>& a) {
     }
   };
   cut();
-  if (static_cast<int64_t>(blocks.size()) * a.kv_heads < 4 * threads && a.tokens > 1) {  // so that all have work
+  if (static_cast<int64_t>(blocks.size()) * a.kv_heads < 4 * threads) {  // so that all threads have as much to do
     int64_t longest = 1;
     for (const auto& [first, last] : blocks) longest = std::max(longest, last - first);
-    most = (longest + 1) / 2;
+    const int64_t pieces = threads / std::gcd(threads, a.kv_heads);
+    most = (longest + pieces - 1) / pieces;
     cut();
   }
   const int64_t size = static_cast<int64_t>(blocks.size());
   const int64_t chunk = kChunk * (a.key_size + a.value_size) * static_cast<int64_t>(sizeof(T));
-  const int64_t near = std::clamp<int64_t>(kAhead / chunk, 1, a.kv_heads);  // so that a chunk stays near for them all
+  const int64_t near = std::clamp<int64_t>(kNearBytes / chunk, 1, a.kv_heads);  // so that a chunk stays near for them all
   const int64_t heads = size * (a.kv_heads / near) < 4 * threads ? 1 : near, groups = (a.kv_heads + heads - 1) / heads;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, size * groups), 1, [&](int64_t begin, int64_t end) {

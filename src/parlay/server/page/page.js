@@ -16,11 +16,16 @@ const charts = {
 let points = new Map(); // second -> point
 let paused = false, wait = 1;
 
-/** The last minutes, second by second; seconds without a step are idle. */
+/** The last minutes, second by second. Seconds without a point are idle, unless the next step took them. */
 function timeline(now) {
   const first = Math.max(Math.min(...points.keys()), Math.floor(now) - SPAN), found = [];
   const idle = { goodput: null, foreseen: null, expected: null, tokens_per_second: 0, tokens_per_step: null, shares: {}, running: 0, waiting: 0, kv: 0 };
   for (let at = first; points.size && at < Math.floor(now); at += 1) found.push(points.get(at) ?? { ...idle, at });
+  found.forEach((point, place) => {
+    const { running, waiting, kv } = point;
+    for (let before = 1; before < point.busy && found[place - before] && !points.has(found[place - before].at); before += 1)
+      Object.assign(found[place - before], { running, waiting, kv });
+  });
   return found;
 }
 
@@ -122,14 +127,13 @@ function state(text) {
 }
 
 /** Reads server-sent events until they end; a plain EventSource could not show a key. */
-async function listen() {
+async function listen(signal) {
   const key = sessionStorage.getItem("parlay-key");
   const url = `${location.pathname.replace(/\/$/, "")}/events`;
-  const answer = await fetch(url, { headers: key ? { Authorization: `Bearer ${key}` } : {}, cache: "no-store" });
+  const answer = await fetch(url, { headers: key ? { Authorization: `Bearer ${key}` } : {}, cache: "no-store", signal });
   if (answer.status === 401) return ask(key !== null);
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   find("key").hidden = true;
-  wait = 1;
   points = new Map();
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = ""; ; ) {
@@ -139,6 +143,7 @@ async function listen() {
     for (let end = held.indexOf("\n\n"); end >= 0; end = held.indexOf("\n\n")) {
       take(held.slice(0, end));
       held = held.slice(end + 2);
+      wait = 1;
     }
   }
 }
@@ -156,12 +161,20 @@ function ask(refused) {
   find("secret").focus();
 }
 
+let listening = new AbortController(), later;
+
+/** Listens until it fails, and then again; whoever listened before is told to stop. */
 async function run() {
+  listening.abort();
+  clearTimeout(later);
+  const mine = (listening = new AbortController());
   try {
-    await listen();
+    await listen(mine.signal);
   } catch (error) {
+    if (mine !== listening) return;
+    mine.abort();
     state(`${error.message}; trying again in ${wait} s`);
-    setTimeout(run, 1000 * wait);
+    later = setTimeout(run, 1000 * wait);
     wait = Math.min(2 * wait, 30);
   }
 }
