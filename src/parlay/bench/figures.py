@@ -21,6 +21,9 @@ COLOURS = {
     "synergy": "#0f9d8a",
     "smartspec": "#8b5cf6",
     "goodput": "#2563eb",
+    "auto": "#2563eb",
+    "suffix": "#db2777",
+    "prompt_lookup": "#4d7c0f",
     "oracle": "#111827",
 }
 FIXED = "YlOrBr"  # the longer, the darker
@@ -83,7 +86,8 @@ def look(policies: Sequence[str]) -> dict[str, dict[str, Any]]:
             shade = 0.4 + 0.55 * (fixed.index(policy) + 0.5) / len(fixed)
             found[policy] = {"color": colormaps[FIXED](shade), "linestyle": "--"}
         else:
-            found[policy] = {"color": COLOURS.get(policy, "#444444"), "linestyle": ":" if policy == "oracle" else "-"}
+            color = COLOURS.get(policy.partition(":")[0], "#444444")
+            found[policy] = {"color": color, "linestyle": ":" if policy == "oracle" else "-"}
     return found
 
 
