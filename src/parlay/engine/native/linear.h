@@ -134,6 +134,33 @@ inline void accumulate(const bfloat16* x, int64_t inputs, const bfloat16* panel,
 }
 #endif
 
+// What is done to the sums of one panel: by one function for all numbers of tokens, or compilers would fuse the two
+// operations here and not there.
+struct Finish {
+  float scale[kPanel], bias[kPanel];
+
+  Finish(After after, int count) : scale{}, bias{} {
+    std::fill_n(scale, kPanel, 1.0f);
+    if (after.scale != nullptr) std::copy_n(after.scale, count, scale);
+    if (after.bias != nullptr) std::copy_n(after.bias, count, bias);
+  }
+
+  template <class Y>
+  __attribute__((noinline)) void operator()(vfloat low, vfloat high, Y* y, int count) const {
+    low = low * load(scale) + load(bias);
+    high = high * load(scale + kLanes) + load(bias + kLanes);
+    if (count == kPanel) {
+      store(y, low);
+      store(y + kLanes, high);
+    } else {
+      Y whole[kPanel];
+      store(whole, low);
+      store(whole + kLanes, high);
+      std::copy_n(whole, count, y);
+    }
+  }
+};
+
 // `count` outputs of one panel for M tokens.
 template <int M, class X, class W, class Y>
 inline void multiply(const X* x, int64_t inputs, const W* panel, After after, Y* y, int64_t outputs, int count) {
@@ -141,24 +168,9 @@ inline void multiply(const X* x, int64_t inputs, const W* panel, After after, Y*
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) low[m] = high[m] = vfloat{};
   accumulate<M>(x, inputs, panel, low, high);
-  float scale[kPanel], bias[kPanel] = {};
-  std::fill_n(scale, kPanel, 1.0f);
-  if (after.scale != nullptr) std::copy_n(after.scale, count, scale);
-  if (after.bias != nullptr) std::copy_n(after.bias, count, bias);
-  const vfloat low_scale = load(scale), high_scale = load(scale + kLanes);
-  const vfloat low_bias = load(bias), high_bias = load(bias + kLanes);
+  const Finish finish(after, count);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    if (count == kPanel) {
-      store(y + m * outputs, low[m] * low_scale + low_bias);
-      store(y + m * outputs + kLanes, high[m] * high_scale + high_bias);
-    } else {
-      Y whole[kPanel];
-      store(whole, low[m] * low_scale + low_bias);
-      store(whole + kLanes, high[m] * high_scale + high_bias);
-      std::copy_n(whole, count, y + m * outputs);
-    }
-  }
+  for (int m = 0; m < M; ++m) finish(low[m], high[m], y + m * outputs, count);
 }
 
 template <int M, class X, class W, class Y>
