@@ -42,7 +42,7 @@ after_vllm() {
 }
 
 # The folder of safetensors that Parlay, vLLM and transformers read.
-folder_model() { (cd "$ROOT" && PYTHONPATH=src "$PARLAY" -m parlay.cli pull smollm2-135m >/dev/null); }
+folder_model() { (cd "$ROOT" && PYTHONPATH=src "$PARLAY" -m parlay pull smollm2-135m >/dev/null); }
 
 # GGUF files with the weights of that folder, unpacked by llama.cpp's own quantiser.
 gguf_models() { PYTHONPATH="$ROOT/src" "$PARLAY" "$HERE/weights.py" "$PEERS/llamacpp/bin/python" "$PEERS/models"; }

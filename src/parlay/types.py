@@ -314,12 +314,14 @@ class StepReport:
 
     Attributes:
         rows: Of the step.
+        offers: Per row, what could be bet.
         result: What became of them.
         deltas: What each row gained, empty ones too.
         ended: When it was over, in seconds on `time.perf_counter`'s clock.
     """
 
     rows: Sequence[Row]
+    offers: Sequence[Sequence[Offer]]
     result: StepResult
     deltas: Sequence[Delta]
     ended: float

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.engine import Engine
-from parlay.engine.recording import Recording
+from parlay.engine.recording import EVERY, Recording
 from parlay.policy.recording import is_recording, read_recording
 from parlay.types import Request, SamplingParams, StepReport
 from tests.tiny import make_tiny_llama
@@ -27,7 +27,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = Engine(EngineConfig(str(folder), dtype="float64", device="cpu", self_check=False, compile="off"))
     path = tmp_path_factory.mktemp("recording") / "trace.jsonl"
     recording = Recording(engine, path)
-    engine.listeners.append(recording.note)
+    recording.start()
     biased = SamplingParams(temperature=0, max_tokens=20, logit_bias={9: 100}, ignore_eos=True)
     for number in range(6):
         engine.add(Request(str(number), (*PROMPT, number), biased, time.perf_counter()))
@@ -49,7 +49,11 @@ def test_it_says_what_became_of_every_request_and_nothing_of_its_text(recorded: 
     for choice in choices:
         assert (choice["prompt"], choice["output"], choice["end"]) == (25, 20, "length")
         assert choice["arrival"] < choice["first"] <= choice["finish"]
-        assert choice["steps"] < 20
+        assert choice["starts"] == sorted(set(choice["starts"]))
+        assert len(choice["starts"]) < 20
+        place, hits, *sure = choice["shown"]["suffix"][-1]  # it was always right
+        assert place in choice["starts"]
+        assert hits == len(sure) <= 20 - place
         tried, accepted = (np.sum(choice["outcomes"]["suffix"][name]) for name in ("tried", "accepted"))
         assert 0 < accepted <= tried
     assert "profile" in lines[-1]
@@ -80,6 +84,69 @@ def test_it_is_simulated_under_any_policy(recorded: Path) -> None:
     assert "measured (auto)" in shown.output
 
 
+def test_a_drafter_is_tried_whatever_the_policy_says(tmp_path: Path) -> None:
+    """One step in sixteen tries it, though it never pays; such trials are known as what they are."""
+    folder = make_tiny_llama(tmp_path / "tiny")
+    config = EngineConfig(
+        str(folder), dtype="float64", device="cpu", self_check=False, compile="off", drafters={"self": "1"}, seed=0
+    )
+    engine, path = Engine(config), tmp_path / "trace.jsonl"
+    plain = [answer(engine, number) for number in range(4)]
+    recording = Recording(engine, path)
+    recording.start()
+    assert [answer(engine, number) for number in range(4)] == plain
+    recording.close()
+    choices = [json.loads(line) for line in path.read_text().splitlines()[1:-1]]
+    explored = [choice["explored"]["self"]["tried"][0][0] for choice in choices if choice["explored"]]
+    bets = sum(choice["outcomes"]["self"]["tried"][0][0] for choice in choices if "self" in choice["outcomes"])
+    steps = sum(len(choice["starts"]) for choice in choices)
+    assert 0.3 * steps / EVERY < sum(explored) < 3 * steps / EVERY
+    assert bets >= sum(explored)
+    assert read_recording(path).kinds
+
+
+def answer(engine: Engine, number: int) -> list[int]:
+    engine.add(Request(str(number), (*PROMPT, number), SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)))
+    found: list[int] = []
+    while engine.has_work:
+        found += [token for delta in engine.step() for token in delta.tokens]
+    return found
+
+
+def written(choices: list[dict[str, object]], path: Path) -> Path:
+    """A recording of these."""
+    common = {"arrival": 0.0, "first": 0.1, "finish": 1.0, "prompt": 5, "cached": 0, "end": "stop", "explored": {}}
+    entries = [{"parlay_recording": 2}, *(common | {"starts": [], "shown": {}} | choice for choice in choices)]
+    path.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries))
+    return path
+
+
+def test_what_is_typical_of_a_drafter_is_what_steps_found_that_explored(tmp_path: Path) -> None:
+    """Bets were made where they won 9 of 10 times; tried everywhere, guesses are right half of the time."""
+    bets = {"eagle": {"tried": [[100]], "accepted": [[90]]}}
+    tried = {"eagle": {"tried": [[400]], "accepted": [[200]]}}
+    choices = [{"output": 500, "outcomes": bets, "explored": tried} for _ in range(4)]
+    kinds = read_recording(written(choices, tmp_path / "a")).kinds
+    assert kinds[0].matrix("eagle")[0, 0] == pytest.approx(0.5, abs=0.01)
+    for choice in choices:
+        choice["explored"] = {}
+    assert read_recording(written(choices, tmp_path / "a")).kinds[0].matrix("eagle")[0, 0] > 0.85
+
+
+def test_guesses_that_were_shown_last_until_they_are_wrong(tmp_path: Path) -> None:
+    """Two of three came true, and a step took them; at the fourth token nothing was shown, nor at the last."""
+    choice = {
+        "output": 5,
+        "outcomes": {"suffix": {"tried": [[1], [1], [1]], "accepted": [[1], [1], [0]]}},
+        "starts": [0, 3, 4],
+        "shown": {"suffix": [[0, 2, 0.9, 0.8, 0.7], [4, 0, 0.5]]},
+    }
+    (shown,) = read_recording(written([choice], tmp_path / "a")).workload.shown["suffix"]
+    assert shown.hits == (2, 1, 0, 0, 0)
+    sure = [None if offer is None else offer.confidence for offer in shown.offers]
+    assert sure == [(0.9, 0.8, 0.7), (0.8, 0.7), (0.7,), None, (0.5,)]
+
+
 def test_a_line_that_was_cut_off_is_left_out_and_others_are_named(recorded: Path, tmp_path: Path) -> None:
     text, path = recorded.read_text(), tmp_path / "cut.jsonl"
     path.write_text(text[: text.rindex("\n", 0, -1) + 40])
@@ -87,7 +154,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_others_are_named(recorded: Path
     for broken, message in (
         (text.replace("\n", "\n{]\n", 1), "line 2"),
         (text.replace('"arrival"', '"arriving"'), "no request ended"),
-        (text.replace('"parlay_recording":1', '"parlay_recording":7'), "format is 7"),
+        (text.replace('"parlay_recording":2', '"parlay_recording":7'), "format is 7"),
         (text.replace('"output"', '"outputs"', 1), "output"),
     ):
         path.write_text(broken)

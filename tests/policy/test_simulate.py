@@ -18,7 +18,7 @@ from parlay.policy.outcomes import Outcomes
 from parlay.policy.replica import Replica
 from parlay.policy.server import Server, Times
 from parlay.policy.simulate import Run, simulate
-from parlay.policy.workload import Kind, Phase, Recorded, Workload, draw
+from parlay.policy.workload import Kind, Phase, Recorded, Shown, Workload, draw
 from parlay.types import Offer, StepPlan
 
 PROFILE = Profile(
@@ -180,6 +180,46 @@ def test_recorded_hits_are_replayed_as_they_came() -> None:
         run(requests((0.0, 1, 9)), lambda: Fixed("draft", tree), kinds=kinds, offers=[Offer("draft", tree)])
 
 
+def test_guesses_that_were_shown_come_true_as_they_did() -> None:
+    """A drafter that shows two guesses at every third token, and is right both times; it bets on nothing else."""
+    offers = [Offer("draft", Tree.chain(2), None, (0.9, 0.9)) if place % 3 == 0 else None for place in range(300)]
+    shown = Shown(tuple(offers), tuple(2 * (offer is not None) for offer in offers))
+    work = dataclasses.replace(requests((0.0, 1, 300)), shown={"draft": (shown,)})
+    found = run(work, lambda: Fixed("draft", Tree.chain(5)))
+    assert found.counts.steps == 100
+    assert found.counts.accepted == found.counts.guesses == 200
+    late = dataclasses.replace(shown, offers=(None, *offers[:-1]), hits=(0, *shown.hits[:-1]))
+    found = run(dataclasses.replace(work, shown={"draft": (late,)}), lambda: Fixed("draft", Tree.chain(5)))
+    assert found.counts.steps == 101  # one without a guess, 99 with two, and nothing is left to guess at the end
+    assert run(work, lambda: Goodput(PROFILE)).summary["tokens_per_step"] > 2
+
+
+class Sparing(Fixed):
+    """Bets on every other step, and notes how much the drafter would have to read."""
+
+    def __init__(self) -> None:
+        super().__init__("draft", Tree.chain(1))
+        self.unread: list[int] = []
+
+    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
+        self.unread += [offer.catch_up for some in offers for offer in some]
+        return super().plan(rows, offers, budget if len(self.unread) % 2 else 0)
+
+
+def test_drafters_read_what_they_missed_before_they_guess() -> None:
+    """The prompt first, and then what was emitted since their last guess."""
+    policy = Sparing()
+    never = (Kind("all", 1.0, {"draft": np.array([0.0])}),)
+    profile = dataclasses.replace(PROFILE, drafts={"draft": DraftCost(per_catch_up=0.001)})
+    work = requests((0.0, 200, 6))
+    found = simulate(Server(profile), work, never, OFFERS, lambda: policy, reuse=1)
+    assert policy.unread == [200, 1, 2, 1, 2]  # no offer beside the prompt
+    plain = run(work)
+    assert found.counts.guesses == 2
+    reading = 0.202
+    assert found.counts.busy == pytest.approx(plain.counts.busy + reading + 2 * 0.0001)
+
+
 def test_slower_machines_are_simulated_slower() -> None:
     work = draw([Phase(30, 2)], (np.array([50]), np.array([50])), KINDS, seed=0)
     slow = dataclasses.replace(PROFILE, verify=VerifyCost.linear(0.020, 0.0002), host=HostCost(per_step=0.002))
@@ -189,4 +229,4 @@ def test_slower_machines_are_simulated_slower() -> None:
 
 def test_an_empty_workload_is_refused() -> None:
     with pytest.raises(ValueError, match="no request"):
-        run(Workload(np.zeros(0), *(np.zeros(0, dtype=np.intp),) * 3))
+        run(Workload(np.zeros(0), (none := np.zeros(0, dtype=np.intp)), none, none))

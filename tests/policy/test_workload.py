@@ -119,6 +119,6 @@ def test_a_trace_is_read_in_the_order_of_time(tmp_path: Path) -> None:
 
 def test_workloads_must_make_sense() -> None:
     with pytest.raises(ValueError, match="must rise"):
-        Workload(np.array([1.0, 0.5]), *(np.ones(2, dtype=np.intp),) * 3)
+        Workload(np.array([1.0, 0.5]), (two := np.ones(2, dtype=np.intp)), two, two)
     with pytest.raises(ValueError, match="every arrival"):
         Workload(np.zeros(2), np.ones(1, dtype=np.intp), np.ones(2, dtype=np.intp), np.zeros(2, dtype=np.intp))

@@ -159,7 +159,7 @@ def one(settings: Settings, load: Load, seed: int, policy: str) -> Outcome:
         replicas=settings.replicas,
         router=settings.router,
         seed=seed,
-        reuse=settings.reuse,
+        reuse=situation.reuse,
     )
     series, calibration = result.series, _calibration(policies[0])
     errors = [some.error for some in calibration.values()]
@@ -208,7 +208,8 @@ def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situa
         work = _workload(settings, load, kinds, seed)
         acceptance_of(kinds, profile)  # refuses methods that have no costs
     offers = offered(kinds, settings.size, settings.depth)
-    return server, Situation(profile, kinds, work, offers, settings.reuse)
+    reuse = 1 if work.shown else settings.reuse  # what is offered differs from token to token
+    return server, Situation(profile, kinds, work, offers, reuse)
 
 
 def _profile(settings: Settings, recorded: Recorded | None) -> Profile:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeAlias
 
 import psutil
 import torch
 
+from parlay.bets import Bet
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.engine import self_check
@@ -44,6 +46,9 @@ from parlay.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Given rows, offers and the bets that rows asked for: bets that are made whatever the policy says.
+Explorer: TypeAlias = Callable[[Sequence[Row], Sequence[Sequence[Offer]], Sequence[Bet | None]], Sequence[Bet | None]]
 
 
 class Engine:
@@ -88,6 +93,7 @@ class Engine:
         self.policy: Policy = Off()
         self.policy_name, self._policies = "off", dict[str, Policy]()
         self.profile: Profile | None = None  # what steps cost, once a policy has asked
+        self.explorer: Explorer | None = None  # while it is there, all methods make offers
         self._resting: Container[str] = ()  # methods whose offers nobody will look at
         self._take_policy(config.policy or "auto", policy_for(self, config.policy, config.calibrate))
 
@@ -189,7 +195,7 @@ class Engine:
         lap("schedule")
         offers = self.drafters.offer(rows, self._resting)
         plan = self._plan(rows, offers)
-        self._resting = plan.resting
+        self._resting = () if self.explorer else plan.resting
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
@@ -209,12 +215,15 @@ class Engine:
         result = StepResult(outcome, lap.parts())
         self._observe(rows, result)
         if self.listeners:
-            self._tell(StepReport(rows, result, deltas, lap.ended))
+            self._tell(StepReport(rows, offers, result, deltas, lap.ended))
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
 
     def _plan(self, rows: list[Row], offers: list[list[Offer]]) -> StepPlan:
         """What to bet; nothing for now where the policy fails, and plain decoding from then on."""
-        own, budget = [row.own_bet for row in rows], self.scheduler.budget
+        own: Sequence[Bet | None] = [row.own_bet for row in rows]
+        if self.explorer is not None:
+            own = self.explorer(rows, offers, own)
+        budget = self.scheduler.budget
         try:
             return plan_around(self.policy, own, rows, offers, budget)
         except Exception:  # whatever it is, requests go on without its bets

@@ -1,26 +1,37 @@
 """What a server was asked and what became of it, as a file that `parlay simulate --trace` replays; no text, no tokens.
 
 One JSON object a line: first what the server is, then every choice as it ends, at last what steps cost by then.
+
+A policy bets where it expects to win, so what became of its bets says too much for all others. Two things tell the
+simulator what else could have been won: guesses that are known before anything is bet are compared with what was
+answered, whether they were bet on or not; and where a policy decides by itself, one step in `EVERY` bets on a drafter
+that guesses at random, whatever the policy says.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parlay.bets import Bet, Tree
 from parlay.policy.acceptance import LEVELS, RANKS, Trials
 from parlay.policy.goodput import Goodput
 from parlay.policy.recording import FORMAT
-from parlay.types import StepReport
+from parlay.types import Offer, Row, StepReport
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+EVERY = 16  # steps, one of which explores
+EXPLORED = Tree((-1, -1, 0, 0, 2, 4))  # a chain of 4, and what comes second behind the two nodes that are reached most
 
 
 def _matrix() -> list[list[int]]:
@@ -53,13 +64,41 @@ class _Choice:
 
     cached: int
     first: float | None = None
-    output: int = 0
-    steps: int = 0
+    tokens: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # how many tokens there were as each step began
+    shown: dict[str, list[tuple[int, Offer]]] = field(default_factory=dict)  # and what it was shown then
     outcomes: dict[str, _Outcomes] = field(default_factory=dict)
+    explored: dict[str, _Outcomes] = field(default_factory=dict)
+
+    def look(self, offers: Sequence[Offer]) -> None:
+        """Notes guesses that are known before they are bet on."""
+        self.starts.append(len(self.tokens))
+        for offer in offers:
+            if offer.tokens and offer.tree.is_chain:
+                self.shown.setdefault(offer.method, []).append((len(self.tokens), offer))
+
+    def hits(self) -> dict[str, list[list[float]]]:
+        """By method: where it showed guesses, how many of them came true, and how sure it was of each."""
+        return {
+            method: [
+                [
+                    place,
+                    _agreed(offer.tokens or (), self.tokens[place:]),
+                    *(round(c, 3) for c in offer.confidence or ()),
+                ]
+                for place, offer in some
+            ]
+            for method, some in self.shown.items()
+        }
+
+
+def _agreed(guesses: Sequence[int], tokens: Sequence[int]) -> int:
+    pairs = zip(guesses, tokens, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(guesses), len(tokens)))
 
 
 class Recording:
-    """Writes a file while an engine serves; a listener of its steps, on its thread.
+    """Writes a file while an engine serves, on its thread, from `start` to `close`.
 
     Args:
         engine: Whose steps.
@@ -75,6 +114,7 @@ class Recording:
         self._file = path.open("w", encoding="utf-8", buffering=1)  # a line is there once it is written
         self._choices: dict[int, _Choice] = {}
         self._most = 2 * engine.config.max_num_seqs  # more than that run only where some were aborted
+        self._chance, self._explores = random.Random(engine.config.seed), False
         config = engine.config
         self._write({
             "parlay_recording": FORMAT,
@@ -85,25 +125,48 @@ class Recording:
             "kv_tokens": engine.scheduler.blocks.num_pages * config.page_size,
         })  # fmt: skip
 
+    def start(self) -> None:
+        """Listens from the next step on."""
+        self._engine.listeners.append(self.note)
+        self._engine.explorer = self.explore
+
+    def explore(
+        self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
+    ) -> Sequence[Bet | None]:
+        """Bets of its own, now and then; see `Engine.explorer`."""
+        methods = sorted({offer.method for some in offers for offer in some if offer.tokens is None})
+        learns = methods and isinstance(self._engine.policy, Goodput)
+        self._explores = bool(learns) and not self._chance.randrange(EVERY)
+        if not self._explores:
+            return own
+        bet = Bet(self._chance.choice(methods), EXPLORED)
+        return [mine or (bet if row.speculation != "off" else None) for row, mine in zip(rows, own, strict=True)]
+
     def note(self, report: StepReport) -> None:
         """Takes a step."""
         if len(self._choices) > self._most:
             self._drop_aborted()
-        for row, got, delta in zip(report.rows, report.result.rows, report.deltas, strict=True):
+        whole = zip(report.rows, report.offers, report.result.rows, report.deltas, strict=True)
+        for row, offers, got, delta in whole:
             choice = self._choices.get(row.seq)
             if choice is None:
                 choice = self._choices[row.seq] = _Choice(cached=row.start)
             if got.method is not None and got.tree.parents:
-                choice.outcomes.setdefault(got.method, _Outcomes()).add(Trials.of(got.tree, got.accepted))
+                trials = Trials.of(got.tree, got.accepted)
+                choice.outcomes.setdefault(got.method, _Outcomes()).add(trials)
+                if self._explores and row.own_bet is None:
+                    choice.explored.setdefault(got.method, _Outcomes()).add(trials)
+            if row.samples:
+                choice.look(offers)
             if delta.tokens:
                 choice.first = choice.first or report.ended
-                choice.output += len(delta.tokens)
-                choice.steps += 1
+                choice.tokens += delta.tokens
             if delta.finish_reason is not None:
                 self._end(row.seq, row.request.arrival, len(row.request.prompt), delta.finish_reason, report.ended)
 
     def close(self) -> None:
         """Writes what steps cost by now."""
+        self._engine.explorer = None
         policy = self._engine.policy
         try:
             with self._file:
@@ -127,10 +190,12 @@ class Recording:
             "finish": round(now - self._began, 6),
             "prompt": prompt,
             "cached": choice.cached,
-            "output": choice.output,
-            "steps": choice.steps,
+            "output": len(choice.tokens),
             "end": reason,
             "outcomes": {method: some.written() for method, some in choice.outcomes.items()},
+            "explored": {method: some.written() for method, some in choice.explored.items()},
+            "starts": choice.starts,
+            "shown": choice.hits(),
         })  # fmt: skip
 
     def _write(self, entry: dict[str, Any]) -> None:

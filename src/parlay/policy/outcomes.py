@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from parlay.bets import NO_TREE, Tree
 from parlay.policy.trees import Floats, Ints, survival
-from parlay.policy.workload import Kind, Recorded
+from parlay.policy.workload import Kind, Recorded, Shown
+
+APART = 7919  # places of a recording between which requests start
 
 
 class Outcomes:
@@ -20,10 +22,11 @@ class Outcomes:
 
     Args:
         kinds: What requests there are.
+        shown: See `Workload`; what became of these guesses is known and not drawn.
     """
 
-    def __init__(self, kinds: Sequence[Kind]) -> None:
-        self._kinds = tuple(kinds)
+    def __init__(self, kinds: Sequence[Kind], shown: Mapping[str, Sequence[Shown]] | None = None) -> None:
+        self._kinds, self._shown = tuple(kinds), dict(shown or {})
         self._ids: dict[tuple[str, Tree], int] = {}
         self.bets: list[tuple[str | None, Tree]] = []
         self.paths: list[list[tuple[int, ...]]] = []  # by bet and end: the accepted nodes
@@ -32,7 +35,8 @@ class Outcomes:
         self.size = np.zeros(0, dtype=np.intp)  # [bets] guesses
         methods = {method for kind in kinds for method in kind.acceptance}
         self._runs = {method: [_runs(kind, method) for kind in kinds] for method in methods}  # by kind; None: drawn
-        self.recorded = any(runs is not None for some in self._runs.values() for runs in some)
+        hits = any(runs is not None for some in self._runs.values() for runs in some)
+        self.recorded = hits or bool(self._shown)
         self._add(None, NO_TREE)
 
     def bet(self, method: str, tree: Tree) -> int:
@@ -68,22 +72,25 @@ class Outcomes:
         sums[-1] = 1.0
         return sums
 
-    def draw(self, bet: Ints, kind: Ints, chance: Floats, place: Ints) -> tuple[Ints, Ints]:
+    def draw(self, bet: Ints, kind: Ints, chance: Floats, request: Ints, out: Ints) -> tuple[Ints, Ints]:
         """Where each row ends, and how many guesses that accepts.
 
         Args:
             bet: [rows].
             kind: [rows].
             chance: [rows] or [steps, rows] uniform random numbers; results have the same shape.
-            place: [rows] where each stands in its recording; with one, there is no drawing of several steps.
+            request: [rows] its number.
+            out: [rows] what it has emitted; with recorded outcomes, there is no drawing of several steps.
         """
         end = (self._sums[bet, kind] <= chance[..., None]).sum(axis=-1)
         accepted = self._depth[bet, end]
         for row, (number, which) in enumerate(zip(bet, kind, strict=True)) if self.recorded else ():
             method, tree = self.bets[number]
-            runs = self._runs[method][which] if method is not None else None
-            if runs is not None:
-                end[row] = accepted[row] = min(tree.depth, runs[place[row] % len(runs)])
+            if method in self._shown:
+                end[row] = accepted[row] = min(tree.depth, self._shown[method][request[row]].hits[out[row]])
+            elif method is not None and (runs := self._runs[method][which]) is not None:
+                place = request[row] * APART + out[row]
+                end[row] = accepted[row] = min(tree.depth, runs[place % len(runs)])
         return end, accepted
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from parlay.bets import Tree
 from parlay.policy.acceptance import LEVELS, RANKS, acceptance
 from parlay.policy.cost import Profile
 from parlay.policy.trees import Floats
-from parlay.policy.workload import Kind, Workload
+from parlay.policy.workload import Kind, Shown, Workload
+from parlay.types import Offer
 
-FORMAT = 1
+FORMAT = 2
 WEIGHT = 4.0  # expected acceptances that all requests together weigh against one's own
 PER_OCTAVE = 2  # factors of requests that are told apart
 LIKELIEST = 0.98
+ENOUGH = 20  # guesses of a method's first level that were made whatever the policy said, for it to be known by these
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +32,8 @@ class Recorded:
         about: What the server was.
         workload: Its requests; prompts without what the prefix cache held of them.
         kinds: How well they could be guessed: those of about the same luck with each method are one kind.
+            What is typical of a method follows from the steps that explored, if there were any: a policy's own bets
+            are those that it expected to win.
         latency: [n] seconds from each request's arrival to its end, as measured.
         ttft: [n] and to its first token.
         profile: What steps cost; None if the server's policy did not know.
@@ -77,37 +81,61 @@ def read_recording(path: Path) -> Recorded:
             np.array([choice[name] for choice in choices])
             for name in ("arrival", "first", "finish", "prompt", "cached", "output")
         )
-        kinds, kind = _kinds([choice["outcomes"] for choice in choices])
-        work = Workload(arrival - arrival[0], np.maximum(prompt - cached, 1), np.maximum(output, 1), kind)
+        kinds, kind = _kinds([choice["outcomes"] for choice in choices], [choice["explored"] for choice in choices])
+        methods = sorted({method for choice in choices for method in choice["shown"]})
+        shown = {method: tuple(_shown(choice, method) for choice in choices) for method in methods}
+        work = Workload(arrival - arrival[0], np.maximum(prompt - cached, 1), np.maximum(output, 1), kind, shown)
         profile = Profile.of(profiles[-1]) if profiles else None
         return Recorded(about, work, kinds, finish - arrival, first - arrival, profile)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no recording of parlay serve --record: {error!r}") from error
 
 
-def _kinds(outcomes: Sequence[Mapping[str, Any]]) -> tuple[tuple[Kind, ...], np.ndarray]:
+def _shown(choice: Mapping[str, Any], method: str) -> Shown:
+    """What a method showed at every token of an answer.
+
+    Tokens at which no step began came from guesses. What is shown there is taken for what is left of the guesses
+    before, if they were right so far.
+    """
+    seen = {int(place): (int(hits), tuple(sure)) for place, hits, *sure in choice["shown"].get(method, ())}
+    starts = {*choice["starts"]}
+    offers, found = [], []
+    hits, sure = 0, ()
+    for place in range(max(int(choice["output"]), 1)):
+        if place in starts:
+            hits, sure = seen.get(place, (0, ()))
+        elif place:
+            hits, sure = (hits - 1, sure[1:]) if hits else (0, ())
+        offers.append(Offer(method, Tree.chain(len(sure)), None, sure) if sure else None)
+        found.append(hits)
+    return Shown(tuple(offers), tuple(found))
+
+
+def _kinds(
+    outcomes: Sequence[Mapping[str, Any]], explored: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Kind, ...], np.ndarray]:
     """Kinds of requests, and which of them each request is."""
     methods = sorted({method for one in outcomes for method in one})
-    tried = {method: [_filled(one, method, "tried") for one in outcomes] for method in methods}
-    accepted = {method: [_filled(one, method, "accepted") for one in outcomes] for method in methods}
-    pools = {m: _pool(np.sum(tried[m], axis=0), np.sum(accepted[m], axis=0)) for m in methods}
-    luck: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number in range(len(outcomes)):
-        factors = []
-        for method in methods:
-            expected = float((tried[method][number] * pools[method]).sum())
-            factor = (float(accepted[method][number].sum()) + WEIGHT) / (expected + WEIGHT)
-            factors.append(round(PER_OCTAVE * np.log2(factor)))
-        luck[tuple(factors)].append(number)
-    kind = np.zeros(len(outcomes), dtype=np.intp)
+    luck: dict[str, Floats] = {}
+    pools: dict[str, Floats] = {}
+    for method in methods:
+        tried, accepted = (np.stack([_filled(one, method, name) for one in outcomes]) for name in ("tried", "accepted"))
+        pools[method] = _pool(tried.sum(axis=0), accepted.sum(axis=0))
+        expected = (tried * pools[method]).sum(axis=(1, 2))
+        luck[method] = (accepted.sum(axis=(1, 2)) + WEIGHT) / (expected + WEIGHT)
+        tried, accepted = (np.stack([_filled(one, method, name) for one in explored]) for name in ("tried", "accepted"))
+        if tried[:, 0, 0].sum() >= ENOUGH:
+            # As often as it was accepted there, if each request has its own luck.
+            pools[method] = _pool((tried * luck[method][:, None, None]).sum(axis=0), accepted.sum(axis=0))
+    steps = np.stack([np.round(PER_OCTAVE * np.log2(luck[method])) for method in methods], axis=1)
+    different, kind = np.unique(steps, axis=0, return_inverse=True)
     kinds = []
-    for factors, some in luck.items():
-        kind[some] = len(kinds)
+    for number, factors in enumerate(different):
         matrices = {
             method: acceptance(np.minimum(pools[method] * 2.0 ** (factor / PER_OCTAVE), LIKELIEST))
             for method, factor in zip(methods, factors, strict=True)
         }
-        kinds.append(Kind(f"{len(kinds)}", float(len(some)), matrices))
+        kinds.append(Kind(f"{number}", float((kind == number).sum()), matrices))
     return tuple(kinds), kind
 
 

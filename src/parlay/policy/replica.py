@@ -10,12 +10,12 @@ from time import perf_counter
 import numpy as np
 
 from parlay.policy.base import Policy
+from parlay.policy.offering import Offering
 from parlay.policy.outcomes import Outcomes
-from parlay.policy.server import Counts, Server, SimulatedRow, Times
+from parlay.policy.server import BET, CONTEXT, GOAL, KIND, LEFT, OUT, READ, REQUEST, Counts, Server, SimulatedRow, Times
 from parlay.policy.workload import Workload
 from parlay.types import Offer, RowResult, StepPlan, StepResult
 
-LEFT, CONTEXT, OUT, GOAL, KIND, BET, REQUEST = range(7)  # what is kept of every row
 MOST_DEPTH = 16
 CHANCES = 4096  # random numbers drawn at a time
 AHEAD = 16  # steps computed together at most
@@ -81,10 +81,11 @@ class Replica:
         reuse: int = 1,
     ) -> None:
         self.server, self.workload, self.policy, self.counts = server, workload, policy, Counts()
-        self._outcomes, self._offers, self._times, self._rng = outcomes, list(offers), times, rng
+        self._outcomes, self._times, self._rng = outcomes, times, rng
+        self._offering = Offering(offers, server.profile, workload.shown)
         self._note, self._reuse = note, reuse
         self._queue: deque[tuple[int, int]] = deque()  # requests, and what they had emitted when they were preempted
-        self._table = np.zeros((7, server.max_num_seqs), dtype=np.intp)
+        self._table = np.zeros((READ + len(self._offering.readers), server.max_num_seqs), dtype=np.intp)
         self._rows = self._filling = self._context = 0
         self._held = _Held()
         self._ahead: _Ahead | None = None
@@ -128,7 +129,8 @@ class Replica:
             self._held.counted = False
             self._count_bets()
         seconds = self._seconds(counts, self._noise(1)[0])
-        end, accepted = self._outcomes.draw(table[BET], table[KIND], self._draw(self._rows), self._place(table))
+        chance = self._draw(self._rows)
+        end, accepted = self._outcomes.draw(table[BET], table[KIND], chance, table[REQUEST], table[OUT])
         duration = sum(seconds.values())
         if planned is not None:
             self._observe(planned, counts, end, seconds)
@@ -155,7 +157,7 @@ class Replica:
         steps, rows = min(self._reuse - self._held.steps, AHEAD), self._rows
         table = self._table[:, :rows]
         chance = self._draw(steps * rows).reshape(steps, rows)
-        _, accepted = self._outcomes.draw(table[BET], table[KIND], chance, table[OUT])
+        _, accepted = self._outcomes.draw(table[BET], table[KIND], chance, table[REQUEST], table[OUT])
         left = table[GOAL] - table[OUT]
         emitted = (accepted + 1).cumsum(axis=0)
         ends = (emitted >= left).any(axis=1)
@@ -207,7 +209,8 @@ class Replica:
                 return True
             self._queue.popleft()
             goal, kind = self.workload.output[request], self.workload.kind[request]
-            self._table[:, self._rows] = known, 0, out, goal, kind, 0, request
+            self._table[:READ, self._rows] = known, 0, out, goal, kind, 0, request
+            self._table[READ:, self._rows] = 0
             self._rows += 1
             self._filling += 1
         return self._rows == self.server.max_num_seqs
@@ -254,7 +257,7 @@ class Replica:
         ]
         room = self.server.max_num_seqs * 64
         room = max(0, min(room, self.server.kv_tokens - self._context - int(counts.sum())))
-        plan = self.policy.plan(rows, [self._offers] * len(rows), room)
+        plan = self.policy.plan(rows, self._offering.of(self._table[:, runs], counts[runs]), room)
         table[BET] = 0
         table[BET, runs] = self._numbers(plan)
         untrimmed = deepest == deepest.max()
@@ -300,7 +303,10 @@ class Replica:
             rows, context = int((counts > 0).sum()), int(self._table[CONTEXT, : self._rows][counts > 0].sum())
         verify = float(profile.verify(new + guesses, rows, context + new))
         host = profile.host(rows, guesses)
-        return {"verify": slower * verify, "draft": slower * self._held.draft, "accept": slower * host}
+        draft = self._held.draft
+        if self._offering.readers and guesses:
+            draft += self._offering.read(self._table[:, : self._rows], [method for method, _ in self._outcomes.bets])
+        return {"verify": slower * verify, "draft": slower * draft, "accept": slower * host}
 
     def _noise(self, steps: int) -> np.ndarray:
         """[steps] how much slower than its profile each is."""
@@ -313,10 +319,6 @@ class Replica:
             self._chances, self._next = self._rng.random(max(CHANCES, count)), 0
         self._next += count
         return self._chances[self._next - count : self._next]
-
-    def _place(self, table: np.ndarray) -> np.ndarray:
-        """[rows] where each request stands in a recording: it starts at a place of its own."""
-        return table[REQUEST] * 7919 + table[OUT]
 
     def _observe(
         self, rows: list[SimulatedRow], counts: np.ndarray, end: np.ndarray, seconds: dict[str, float]

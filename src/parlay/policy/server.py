@@ -8,6 +8,8 @@ from parlay.policy.cost import Profile
 from parlay.policy.trees import Floats
 from parlay.types import Speculation
 
+LEFT, CONTEXT, OUT, GOAL, KIND, BET, REQUEST, READ = range(8)  # what is kept of every row; the last by each drafter
+
 
 @dataclass(frozen=True, slots=True)
 class Server:

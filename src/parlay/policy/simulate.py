@@ -160,7 +160,7 @@ def simulate(
     """
     check_fits(server, workload)
     times = Times(np.full(len(workload), math.nan), np.full(len(workload), math.nan))
-    outcomes = Outcomes(kinds)
+    outcomes = Outcomes(kinds, workload.shown)
     log = _Log(max(float(workload.arrival[-1]), 1.0))
     fleet = [
         Replica(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parlay.policy.trees import Floats, Ints
+from parlay.types import Offer
 
 Hits = NDArray[np.bool_]
 
@@ -40,6 +41,19 @@ class Recorded:
         misses = np.flatnonzero(~self.hits)
         following = np.searchsorted(misses, np.arange(count))
         return np.concatenate([misses, [misses[0] + count]])[following] - np.arange(count)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a drafter whose guesses follow from the text alone showed for a recorded request, token by token.
+
+    Attributes:
+        offers: Chains, with how sure it was of each guess; None where it had nothing to go by.
+        hits: How many of its guesses came true.
+    """
+
+    offers: tuple[Offer | None, ...]
+    hits: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +180,14 @@ class Workload:
         prompt: [n] tokens.
         output: [n] tokens.
         kind: [n] which of the kinds each is.
+        shown: By method, [n] what it showed for each, where that was recorded; it is then what it offers.
     """
 
     arrival: Floats
     prompt: Ints
     output: Ints
     kind: Ints
+    shown: Mapping[str, Sequence[Shown]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.arrival) == len(self.prompt) == len(self.output) == len(self.kind):

@@ -269,7 +269,7 @@ def serve(
         engine = _aside(lambda: Engine(config))
         if record is not None:
             recording = Recording(engine, record)
-            engine.listeners.append(recording.note)
+            recording.start()
         gc.collect()
         gc.freeze()  # what was loaded stays: looking through all of it again stopped everybody for 0.3 s (measured)
         worker = EngineWorker(engine, max_queue_size)
