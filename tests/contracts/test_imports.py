@@ -20,6 +20,7 @@ LAYERS = (
     ("engine", "drafters"),
     ("server",),
     ("options", "cli", "demo"),
+    ("__main__",),
 )
 LEAVES = ("integrations", "bench", "train")
 TALKS_TO_TRANSFORMERS = {f"parlay.engine.{name}" for name in ("model", "attention", "checkpoint", "products")}
