@@ -21,6 +21,7 @@ from parlay.config import Calibrate, Compile, EngineConfig
 from parlay.options import DEFAULT_MODEL, engine_config, parse_bytes, sampling_params, takes
 from parlay.train.commands import train
 from parlay.types import RequestOutput, SamplingParams
+from parlay.verify.commands import verify
 
 BAD_INPUT = 2
 
@@ -194,7 +195,7 @@ def pull(
     typer.echo(json.dumps({"path": folder}) if as_json else folder)
 
 
-for command in (plan, simulate, train, measure, demo, bench, profile):
+for command in (plan, simulate, train, measure, demo, bench, profile, verify):
     app.command()(command)
 
 

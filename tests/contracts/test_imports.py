@@ -22,7 +22,7 @@ LAYERS = (
     ("options", "cli", "demo"),
     ("__main__",),
 )
-LEAVES = ("integrations", "bench", "train")
+LEAVES = ("integrations", "bench", "train", "verify")
 TALKS_TO_TRANSFORMERS = {f"parlay.engine.{name}" for name in ("model", "attention", "checkpoint", "products")}
 LIGHT = ("parlay", "parlay.bets", "parlay.types", "parlay.cli", "parlay.engine.scheduler", "parlay.engine.blocks")
 

@@ -32,35 +32,54 @@ def prepare_chat(body: bytes, engine: ServingEngine, names: Sequence[str]) -> Ca
     messages = [_template_message(message, f"messages[{number}]") for number, message in enumerate(wish.messages)]
     prompt = engine.tokenizer.apply_chat_template(messages, **_template_options(wish))
     id = new_id("chatcmpl")
-    form = ChatForm(engine.tokenizer, logprobs=params.logprobs is not None)
+    form = ChatForm(
+        engine.tokenizer,
+        logprobs=params.logprobs is not None,
+        prompt=tuple(prompt) if wish.return_token_ids else None,
+        names_ids=bool(wish.return_tokens_as_token_ids),
+    )
     return Call.prepare(id, names[0], wish, new_requests(id, [prompt], params), form)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatForm:
-    """A choice is a message."""
+    """A choice is a message.
+
+    Attributes:
+        tokenizer: The engine's.
+        logprobs: Whether tokens are scored.
+        prompt: The prompt's tokens where ids are to be returned.
+        names_ids: Whether scored tokens are named by their ids.
+    """
 
     tokenizer: ServingTokenizer
     logprobs: bool
+    prompt: tuple[int, ...] | None
+    names_ids: bool
     kind: str = "chat.completion"
     chunk_kind: str = "chat.completion.chunk"
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": whole.text, "refusal": None}
-        return {"index": index, "message": message, **self._rest(whole)}
+        return {"index": index, "message": message, **self._rest(whole, first=True)}
 
     def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
         gained: dict[str, Any] = {"role": "assistant"} if first else {}
         if delta.text or first:
             gained["content"] = delta.text
-        return {"index": index, "delta": gained, **self._rest(delta)}
+        return {"index": index, "delta": gained, **self._rest(delta, first)}
 
     def shows(self, delta: Delta) -> bool:
-        return bool(delta.text or delta.finish_reason or (self.logprobs and delta.logprobs))
+        wanted = (self.logprobs and delta.logprobs) or (self.prompt is not None and delta.tokens)
+        return bool(delta.text or delta.finish_reason or wanted)
 
-    def _rest(self, delta: Delta) -> dict[str, Any]:
-        scored = chat_logprobs(self.tokenizer, delta.logprobs) if self.logprobs and delta.logprobs else None
-        return {"logprobs": scored, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+    def _rest(self, delta: Delta, first: bool) -> dict[str, Any]:
+        known = self.logprobs and delta.logprobs
+        scored = chat_logprobs(self.tokenizer, delta.logprobs, self.names_ids) if known else None
+        ids: dict[str, Any] = {} if self.prompt is None else {"token_ids": delta.tokens}
+        if self.prompt is not None and first:
+            ids["prompt_token_ids"] = self.prompt
+        return {"logprobs": scored, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason, **ids}
 
 
 def _sampling_params(wish: ChatCompletionRequest) -> SamplingParams:

@@ -26,7 +26,7 @@ def prepare_completion(body: bytes, engine: ServingEngine, names: Sequence[str])
     id = new_id("cmpl")
     requests = new_requests(id, prompts, params)
     echoed = list(zip(_prompts(wish), requests, strict=True)) if wish.echo else None
-    return Call.prepare(id, names[0], wish, requests, CompletionForm(engine.tokenizer, params, echoed))
+    return Call.prepare(id, names[0], wish, requests, CompletionForm(engine.tokenizer, params, wish, requests, echoed))
 
 
 class CompletionForm:
@@ -39,10 +39,13 @@ class CompletionForm:
         self,
         tokenizer: ServingTokenizer,
         params: SamplingParams,
+        wish: CompletionRequest,
+        requests: Sequence[Request],
         echoed: Sequence[tuple[str | list[int], Request]] | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._params = params
+        self._params, self._requests = params, requests
+        self._returns_ids, self._names_ids = bool(wish.return_token_ids), bool(wish.return_tokens_as_token_ids)
         self._echoed = echoed  # each prompt as it was written, and its request
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
@@ -51,17 +54,21 @@ class CompletionForm:
 
     def chunk(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
         unscored, prompt = self._echo(index // self._params.n) if first else ((), "")
+        ids: dict[str, Any] = {"token_ids": delta.tokens} if self._returns_ids else {}
+        if ids and first:
+            ids["prompt_token_ids"] = self._requests[index // self._params.n].prompt
         return {
             "index": index,
             "text": prompt + delta.text,
             "logprobs": self._scored(index, delta, unscored),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            **ids,
         }
 
     def shows(self, delta: Delta) -> bool:
         scored = self._params.logprobs is not None and (delta.logprobs or delta.prompt_logprobs)
-        return bool(delta.text or delta.finish_reason or scored)
+        return bool(delta.text or delta.finish_reason or scored or (self._returns_ids and delta.tokens))
 
     def _echo(self, number: int) -> tuple[Sequence[int], str]:
         """The first token, which nothing predicted, and the text of a prompt that is to be echoed."""
@@ -75,7 +82,7 @@ class CompletionForm:
     def _scored(self, index: int, delta: Delta, unscored: Sequence[int]) -> dict[str, Any] | None:
         if self._params.logprobs is None:
             return None
-        choice = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer, self._params))
+        choice = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer, self._params, self._names_ids))
         return choice.piece((*delta.prompt_logprobs, *delta.logprobs), unscored)
 
 

@@ -17,12 +17,17 @@ def _written(logprob: float) -> float:
     return max(logprob, _FLOOR) if math.isfinite(logprob) else _FLOOR
 
 
-def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) -> dict[str, Any]:
-    """The `logprobs` object of a chat choice."""
+def token_id(token: int) -> str:
+    """A token named by its number, as vLLM writes it where `return_tokens_as_token_ids` is asked for."""
+    return f"token_id:{token}"
+
+
+def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs], ids: bool = False) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice; tokens by their text, or by their ids."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": tokenizer.token_text(token),
+            "token": token_id(token) if ids else tokenizer.token_text(token),
             "logprob": _written(logprob),
             "bytes": tokenizer.token_bytes(token),
         }
@@ -37,10 +42,13 @@ def chat_logprobs(tokenizer: ServingTokenizer, scored: Iterable[TokenLogprobs]) 
 
 
 class CompletionLogprobs:
-    """The `logprobs` object of a completion choice, piece by piece: offsets count from the start of its text."""
+    """The `logprobs` object of a completion choice, piece by piece: offsets count from the start of its text.
 
-    def __init__(self, tokenizer: ServingTokenizer, params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    Tokens are named by their text, or by their ids.
+    """
+
+    def __init__(self, tokenizer: ServingTokenizer, params: SamplingParams, ids: bool = False) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
         self._skip_special_tokens = params.skip_special_tokens
         self._offset = 0
 
@@ -66,6 +74,8 @@ class CompletionLogprobs:
 
     def _name(self, token: int) -> str:
         """The token's text; its bytes where it is a part of a character, so that no two tokens share a name."""
+        if self._ids:
+            return token_id(token)
         text = self._tokenizer.token_text(token)
         if "\N{REPLACEMENT CHARACTER}" not in text:
             return text

@@ -107,6 +107,8 @@ class GenerationRequest(_Body):
     speculation: str | None = None
     target_tpot_ms: float | None = None
     verification: Literal["optimal", "coupled"] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     def sampling_params(self, **read: Any) -> SamplingParams:
         """The sampling parameters as written, with `read` for the fields whose meaning depends on the endpoint.
