@@ -144,7 +144,7 @@ def outcome(plan: object, outcomes: Outcomes, rng: np.random.Generator) -> StepR
     bets = [0 if bet is None else outcomes.bet(bet.method, bet.tree) for bet in plan.bets]  # type: ignore[attr-defined]
     numbers = np.array(bets)
     none = np.zeros_like(numbers)
-    ends, _ = outcomes.draw(numbers, none, rng.random(len(bets)), none)
+    ends, _ = outcomes.draw(numbers, none, rng.random(len(bets)), none, none)
     results = []
     for bet, end in zip(bets, ends.tolist(), strict=True):
         method, tree = outcomes.bets[bet]

@@ -222,7 +222,7 @@ def model(cells: Sequence[Cell], batches: Sequence[int]) -> tuple[Any, Any, tupl
     """Fits Synergy's model, and compares the lengths that it chooses with the best."""
     by_place = {(cell.batch, cell.length): cell for cell in cells}
     lengths = np.array(LENGTHS[1:], dtype=float)
-    accepted = np.array([np.mean([by_place[b, s].accepted for b in batches]) for s in LENGTHS[1:]])
+    accepted = np.array([float(np.mean([by_place[b, s].accepted for b in batches])) for s in LENGTHS[1:]])
     forms = {"power law": fit_power_law(lengths, accepted), "independent": fit_independent(lengths, accepted)}
     lines = fit_lines(
         np.array(LENGTHS, dtype=float), {b: np.array([by_place[b, s].verify for s in LENGTHS]) for b in batches}

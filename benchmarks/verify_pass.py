@@ -25,8 +25,8 @@ from parlay.bets import Tree
 from parlay.config import EngineConfig
 from parlay.engine.batch import Draft
 from parlay.engine.checkpoint import load, resolve
-from parlay.engine.compiled import LayerProgram
 from parlay.engine.engine import Engine
+from parlay.engine.segments import Program
 from parlay.types import Request, Row, SamplingParams
 
 BARS = {1: 2.4, 8: 2.4, 16: 2.0, 32: 1.7}  # times as fast as transformers, by new tokens
@@ -90,7 +90,7 @@ def _verify(engine: Engine, context: int, tokens: int) -> float:
     return seconds
 
 
-def _verify_eager(engine: Engine, context: int, compiled: Sequence[LayerProgram | None], tokens: int) -> float:
+def _verify_eager(engine: Engine, context: int, compiled: Sequence[Program | None], tokens: int) -> float:
     engine.model.segments.use([None] * len(compiled))
     try:
         return _verify(engine, context, tokens)

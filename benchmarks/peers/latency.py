@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 from workers import FOLDER
@@ -158,7 +159,7 @@ def vllm_server(guesses: int, dtype: str) -> Iterator[str]:
             process.wait(60)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: tempfile._TemporaryFileWrapper) -> None:
+def _wait(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         try:

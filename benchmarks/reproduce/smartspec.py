@@ -40,10 +40,10 @@ def main() -> None:
         for acceptance in ACCEPTANCES:
             rates = ",".join(f"{rate:g}" for rate in RATES)
             settings = Settings(
-                profile, acceptance, POLICIES, rates=rates, requests=options.requests, seeds=options.seeds
+                POLICIES, profile, acceptance, rates=rates, requests=options.requests, seeds=options.seeds
             )
             stationary[profile, acceptance] = compare(settings).outcomes
-        rate, data = (Settings(profile, some, POLICIES, seeds=options.seeds) for some in ("0.7", _beside(kinds)))
+        rate, data = (Settings(POLICIES, profile, some, seeds=options.seeds) for some in ("0.7", _beside(kinds)))
         shifts[profile] = compare(rate, [RATE_SHIFT]).outcomes + compare(data, [DATA_SHIFT]).outcomes
     lines = [
         line(profile, acceptance, name, outcomes)

@@ -85,13 +85,13 @@ def load(cv: float) -> str:
 
 def serve(cv: float, seeds: int) -> tuple[Outcome, ...]:
     phases = tuple(Phase(20.0, rate) for _ in range(3) for rate in (BUSY, SPARSE))
-    settings = Settings(PROFILE, "0.7", POLICIES, cv=cv, seeds=seeds)
+    settings = Settings(POLICIES, PROFILE, "0.7", cv=cv, seeds=seeds)
     return compare(settings, [Load(load(cv), None, phases)]).outcomes
 
 
 def draw(model: dict, outcomes: list[Outcome]) -> None:
     figure, (accepted, lengths, over_time, bars) = new_figure(4, width=4.0)
-    x = np.arange(1, LONGEST + 1)
+    x = np.arange(1.0, LONGEST + 1)
     accepted.plot(x, model["accepted"], "o", color="#111827", label="measured")
     for (name, fit), style in zip(model["fits"].items(), ("-", "--"), strict=True):
         curve = fit_power_law if name == "power law" else fit_independent
