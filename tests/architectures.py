@@ -56,9 +56,10 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64) -> Path:
+def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, layers: int | None = None) -> Path:
     """Saves a random model of this architecture, with the byte-level tokenizer of the tests."""
     options = EXTRA[kind] if kind == "gpt2" else _COMMON | EXTRA[kind]
+    options = options | ({} if layers is None else {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers})
     config = AutoConfig.for_model(kind, **options)
     with torch.random.fork_rng():
         torch.manual_seed(0)

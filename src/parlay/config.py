@@ -13,6 +13,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
 Compile = Literal["background", "wait", "cached", "off"]
 Calibrate = Literal["quick", "full", "skip"]
+Offload = Literal["disk"]
 TreeSampling = Literal["sequoia", "specinfer", "topk"]
 
 
@@ -38,6 +39,8 @@ class EngineConfig:
         drafters: By method, where a drafter's weights are: a Hugging Face id or a local folder.
         tree_sampling: How drafters with probabilities draw siblings where chance decides: `sequoia` without
             replacement; as baselines, `specinfer` independently, and `topk` the most likely ones, without chance.
+        offload: `disk` streams the layers that do not fit into `memory_budget` from disk.
+        memory_budget: Bytes for the layers' weights, beyond embedding and head; needs `offload`.
         parity: `strict` makes every reduction independent of what else is in the step.
         compile: Compile the model's layers while serving (`background`) or before it (`wait`), which takes a minute
             once; `cached` only takes what earlier starts have compiled. On CPU, in float32 and bfloat16.
@@ -59,6 +62,8 @@ class EngineConfig:
     calibrate: Calibrate = "skip"
     drafters: Mapping[str, str] = field(default_factory=dict)
     tree_sampling: TreeSampling = "sequoia"
+    offload: Offload | None = None
+    memory_budget: int | None = None
     parity: Parity = "fast"
     compile: Compile = "cached"
     seed: int | None = None
@@ -74,6 +79,10 @@ class EngineConfig:
             raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, or rows would starve")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must be 2 or more")
+        if (self.offload is None) != (self.memory_budget is None):
+            raise ValueError("offload, memory_budget: give both or neither")
+        if self.offload not in (None, *get_args(Offload)):
+            raise ValueError(f"offload: must be one of {', '.join(get_args(Offload))}")
         for name, choices in (
             ("parity", get_args(Parity)),
             ("compile", get_args(Compile)),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from parlay.bets import parse_bet
-from parlay.config import Dtype, EngineConfig, Parity, TreeSampling
+from parlay.config import Dtype, EngineConfig, Offload, Parity, TreeSampling
 from parlay.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -139,6 +139,15 @@ def engine_config(
         TreeSampling,
         _speculation("How siblings are drawn where chance decides; specinfer and topk are baselines."),
     ] = _ENGINE.tree_sampling,
+    offload: Annotated[
+        Offload | None, _capacity("Stream the layers that do not fit into --memory-budget from disk.")
+    ] = _ENGINE.offload,
+    memory_budget: Annotated[
+        int | None,
+        _capacity(
+            "Memory for the layers' weights, as 4GiB, beyond embedding and head.", parser=parse_bytes, metavar="SIZE"
+        ),
+    ] = _ENGINE.memory_budget,
     parity: Annotated[
         Parity,
         _speculation("strict makes greedy and seeded output equal to plain decoding to the last bit, at a price."),
@@ -168,6 +177,8 @@ def engine_config(
         policy=policy,
         drafters=parse_drafters(drafter or ()),
         tree_sampling=tree_sampling,
+        offload=offload,
+        memory_budget=memory_budget,
         parity=parity,
         seed=seed,
         self_check=self_check,

@@ -164,6 +164,13 @@ def load(
     return model.eval(), tokenizer
 
 
+def fingerprint(source: ModelSource) -> str:
+    """Changes when a model's files do."""
+    folder = Path(source.path)
+    files = sorted(folder.glob(source.gguf_file or "*.safetensors")) if folder.is_dir() else []
+    return repr((source.path, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
+
+
 def pull(alias: str, progress: bool = True) -> Path:
     """Brings a built-in model into the cache and returns its folder.
 

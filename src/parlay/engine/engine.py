@@ -75,7 +75,7 @@ class Engine:
         blocks = Blocks(_num_pages(config, loaded, longest, self.drafters.bytes_per_position), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
         self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
-        self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict)
+        self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict, config.memory_budget)
         if expected is not None:
             self_check.check(self.model, expected)
         if strict:

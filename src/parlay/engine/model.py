@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ from parlay.engine import attention, native
 from parlay.engine.accept import Scores, token_logprobs
 from parlay.engine.attention import AttentionCall, ProbeAttention, UnsupportedModel, forward_batch
 from parlay.engine.batch import Draft, kept_slots, pack
-from parlay.engine.checkpoint import ModelSource, load
+from parlay.engine.checkpoint import ModelSource, cache_dir, fingerprint, load
 from parlay.engine.compiled import EXAMPLE, CompiledLayers, Example
 from parlay.engine.gathered import GatheredAttention
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
+from parlay.engine.streaming import stream_from_disk
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs
 
@@ -63,6 +66,7 @@ class LoadedModel:
     returns_tuple: bool
     device: torch.device
     dtype: torch.dtype
+    made_of: str  # changes when the files that it was loaded from do
 
     @property
     def context(self) -> int:
@@ -135,6 +139,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         returns_tuple=returns_tuple[0],
         device=device,
         dtype=dtype,
+        made_of=fingerprint(source),
     )
     _refuse_if(_window_refusal(loaded))
     return loaded
@@ -197,9 +202,12 @@ class TargetModel:
         num_pages: Pages of the KV pool, the null page included.
         page_size: Positions per page.
         strict: Run shape-invariantly; see `strict`.
+        layer_memory: Bytes for all layers, where those that do not fit stream from disk.
     """
 
-    def __init__(self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool) -> None:
+    def __init__(
+        self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool, layer_memory: int | None = None
+    ) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
         self.vocab_size, self.eos = int(loaded.config.vocab_size), loaded.eos
         pack_products(loaded.model)
@@ -210,7 +218,10 @@ class TargetModel:
         self._about = loaded.config.to_json_string(use_diff=False)
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
+        self.streamed = None if layer_memory is None else stream_from_disk(loaded.layers, layer_memory, _folder(loaded))
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
+        if self.streamed is not None:
+            self.segments.before_each(self.streamed.bring)
 
     @property
     def strict(self) -> bool:
@@ -321,6 +332,12 @@ class TargetModel:
         if moves:
             sources, destinations = zip(*moves, strict=True)
             self.kv.move(sources, destinations)
+
+
+def _folder(loaded: LoadedModel) -> Path:
+    """Where this model's layers are kept in the form in which they are multiplied."""
+    versions = loaded.config.to_json_string(use_diff=False), str(loaded.dtype), native.key(), loaded.made_of
+    return cache_dir() / "streamed" / hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
 
 
 def _example_row(page_size: int, count: int, first_page: int) -> Row:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class _StandIn(nn.Module):
         self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
         self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.program: Program | None = None
+        self.before: Callable[[], None] | None = None  # brings its weights
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
         self.noted = args, kwargs
@@ -60,6 +62,8 @@ class _StandIn(nn.Module):
         return (hidden,) if self.returns_tuple else hidden
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.before is not None:
+            self.before()
         if self.program is not None and (done := self.program(hidden, self.noted)) is not None:
             return done
         args, kwargs = self.noted
@@ -107,6 +111,11 @@ class SegmentedModel:
         """Runs each layer by its program, or as it is."""
         for stand_in, program in zip(self._stand_ins, programs, strict=True):
             stand_in.program = program
+
+    def before_each(self, bring: Callable[[int], None]) -> None:
+        """Calls this with a layer's number before the layer runs."""
+        for index, stand_in in enumerate(self._stand_ins):
+            stand_in.before = partial(bring, index)
 
     @contextmanager
     def using(self, programs: Sequence[Program]) -> Iterator[None]:
