@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal
 
 Auto = Literal["auto"]
-MOST = 512  # guesses of a bet
+MOST = 768  # guesses of a bet
 LONGEST = 4096  # characters of a bet as users write it
 
 

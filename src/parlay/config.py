@@ -13,7 +13,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Parity = Literal["fast", "strict"]
 Compile = Literal["background", "wait", "cached", "off"]
 Calibrate = Literal["quick", "full", "skip"]
-Offload = Literal["disk"]
+Offload = Literal["cpu", "disk"]
 TreeSampling = Literal["sequoia", "specinfer", "topk"]
 
 
@@ -26,7 +26,8 @@ class EngineConfig:
         dtype: `auto` takes bfloat16 where the hardware is fast at it, float32 elsewhere.
         device: `auto` takes CUDA where there is one.
         max_num_seqs: Rows that run at a time.
-        max_num_batched_tokens: Tokens, known and guessed, in one step.
+        max_num_batched_tokens: Tokens, known and guessed, in one step; 0 takes 512, or 1024 where layers stream, since
+            large trees pay there.
         max_model_len: Context limit; None takes the model's own.
         kv_cache_memory: Bytes for the KV pool; None takes a share of free memory, bounded by what the rows can use.
         page_size: Positions per KV page.
@@ -39,7 +40,7 @@ class EngineConfig:
         drafters: By method, where a drafter's weights are: a Hugging Face id or a local folder.
         tree_sampling: How drafters with probabilities draw siblings where chance decides: `sequoia` without
             replacement; as baselines, `specinfer` independently, and `topk` the most likely ones, without chance.
-        offload: `disk` streams the layers that do not fit into `memory_budget` from disk.
+        offload: Where layers stream from that do not fit into `memory_budget`: `disk`, or for a CUDA device `cpu`.
         memory_budget: Bytes for the layers' weights, beyond embedding and head; needs `offload`.
         parity: `strict` makes every reduction independent of what else is in the step.
         compile: Compile the model's layers while serving (`background`) or before it (`wait`), which takes a minute
@@ -52,7 +53,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 0
     max_model_len: int | None = None
     kv_cache_memory: int | None = None
     page_size: int = 16
@@ -72,6 +73,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if isinstance(self.speculation, str) and self.speculation != "auto":
             object.__setattr__(self, "speculation", parse_bet(self.speculation))
+        if self.max_num_batched_tokens == 0:
+            object.__setattr__(self, "max_num_batched_tokens", 512 if self.offload is None else 1024)
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more")

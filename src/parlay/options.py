@@ -99,8 +99,13 @@ def engine_config(
         int | None, _capacity("Context limit in tokens; by default the model's own.", min=2)
     ] = _ENGINE.max_model_len,
     max_num_batched_tokens: Annotated[
-        int, _capacity("Tokens in one step, guesses included; longer prompts are split over steps.", min=1)
-    ] = _ENGINE.max_num_batched_tokens,
+        int,
+        _capacity(
+            "Tokens in one step, guesses included; longer prompts are split over steps. 0 takes 512, or 1024 with "
+            "--offload.",
+            min=0,
+        ),
+    ] = 0,
     kv_cache_memory: Annotated[
         int | None,
         _capacity(
@@ -140,7 +145,10 @@ def engine_config(
         _speculation("How siblings are drawn where chance decides; specinfer and topk are baselines."),
     ] = _ENGINE.tree_sampling,
     offload: Annotated[
-        Offload | None, _capacity("Stream the layers that do not fit into --memory-budget from disk.")
+        Offload | None,
+        _capacity(
+            "Stream the layers that do not fit into --memory-budget: from disk, or from memory to a CUDA device."
+        ),
     ] = _ENGINE.offload,
     memory_budget: Annotated[
         int | None,

@@ -18,9 +18,11 @@ from parlay.config import EngineConfig
 from parlay.engine import layer_files
 from parlay.engine.engine import Engine
 from parlay.engine.layer_files import write_layer
-from parlay.engine.streaming import Placement, StreamedLayers, aligned, size_of, stream_from_disk
+from parlay.engine.streaming import Placement, StreamedLayers, aligned, size_of, stream
 from parlay.types import Request, SamplingParams
 from tests.architectures import make_model
+
+CPU = torch.device("cpu")
 
 
 class Odd(nn.Module):
@@ -94,7 +96,7 @@ def test_any_order_of_layers_finds_the_right_weights(kept: int, tmp_path: Path) 
     """Also where a drafter runs the first layers again and again, or a step ends early."""
     layers = odd_layers(7)
     expected = [layer.a.detach().clone() for layer in layers]
-    streamed = stream_from_disk(layers, (2 + kept) * size_of(layers[0]), tmp_path)
+    streamed = stream(layers, "disk", (2 + kept) * size_of(layers[0]), tmp_path, CPU)
     assert isinstance(streamed, StreamedLayers)
     for _ in range(3):
         for index in (0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 2, 3, 4, 5, 6):
@@ -105,7 +107,7 @@ def test_any_order_of_layers_finds_the_right_weights(kept: int, tmp_path: Path) 
 
 def test_everything_stays_where_it_fits(tmp_path: Path) -> None:
     layers = odd_layers(3)
-    assert stream_from_disk(layers, 3 * size_of(layers[0]), tmp_path) is None
+    assert stream(layers, "disk", 3 * size_of(layers[0]), tmp_path, CPU) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -143,16 +145,10 @@ def test_a_disk_that_fails_ends_the_step_with_an_error(tmp_path: Path, monkeypat
     """It does not hang, and the next step tries again."""
     monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
     folder = make_model(tmp_path / "model", "llama", torch.float32, layers=5)
-    config = EngineConfig(
-        str(folder),
-        dtype="float32",
-        device="cpu",
-        compile="off",
-        speculation=None,
-        offload="disk",
-        memory_budget=90_000,
-    )
-    engine, whole = Engine(config), Engine(replace(config, offload=None, memory_budget=None))
+    config = EngineConfig(str(folder), dtype="float32", device="cpu", compile="off", speculation=None)
+    whole = Engine(config)
+    budget = 3 * size_of(whole.model.segments.layers[0])
+    engine = Engine(replace(config, offload="disk", memory_budget=budget))
     streamed = engine.model.streamed
     assert streamed is not None
 
@@ -173,5 +169,7 @@ def test_a_budget_that_is_too_small_is_refused_in_a_sentence(tmp_path: Path) -> 
     folder = make_model(tmp_path, "llama", layers=3)
     with pytest.raises(ValueError, match=r"memory_budget: 0\.0 MiB does not hold two layers"):
         Engine(EngineConfig(str(folder), device="cpu", offload="disk", memory_budget=1000))
+    with pytest.raises(ValueError, match="choose disk"):
+        Engine(EngineConfig(str(folder), device="cpu", offload="cpu", memory_budget=1 << 30))
     with pytest.raises(ValueError, match="give both or neither"):
         EngineConfig(str(folder), offload="disk")

@@ -25,8 +25,10 @@ from parlay.engine.batch import Draft, PackedRow, pack_row
 from parlay.engine.sampling import Path, argmax, draw_without_replacement, gumbel_at, process
 from parlay.types import Row
 
-WIDTH = 6  # nodes that a level of a growing tree expands
-BRANCH = 4  # children of each
+WIDTH = 6  # nodes that a level of a growing tree expands at most,
+SHARE = 8  # or one in so many of its guesses, if that is more
+BRANCH = 4  # children of each; twice as many where trees have more than `WIDE` guesses
+WIDE = 48
 CANDIDATES = 64  # most likely tokens among which noise picks children
 
 
@@ -73,7 +75,8 @@ class Growth:
 
     def branches(self, node: int) -> int:
         """How many children a node gets."""
-        return min(BRANCH, len(self.planned)) if self.is_free else len(self.places.get(node, ()))
+        most = BRANCH if len(self.planned) <= WIDE else 2 * BRANCH
+        return min(most, len(self.planned)) if self.is_free else len(self.places.get(node, ()))
 
     def add(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
         """Puts children behind a node, in draw order."""
@@ -89,7 +92,7 @@ class Growth:
         """Chooses which of the nodes from `first` on get children."""
         new = range(first, len(self.tokens))
         if self.is_free:
-            room = min(WIDTH, len(self.planned) - len(self.ran))
+            room = min(max(WIDTH, len(self.planned) // SHARE), len(self.planned) - len(self.ran))
             deeper = bool(new) and self.depths[first] < self.planned.depth
             # A node that is not among the best by now has no child among them either.
             enough = heapq.nlargest(len(self.planned), self.survival)[-1] if len(new) < len(self.tokens) else 0.0

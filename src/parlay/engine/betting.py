@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parlay import registry
-from parlay.bets import Bet, Tree
+from parlay.bets import Bet, Tree, likely_tree
 from parlay.config import Calibrate, EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.shipped import all_shipped, shipped
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from parlay.engine.engine import Engine
 
 FREE = ("suffix",)  # what costs no weights is always there
+STREAMED = 768, 20  # guesses and levels of the largest tree where layers stream: reading them takes as long anyway
 
 
 def make_drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
@@ -48,7 +49,8 @@ def make_drafters(config: EngineConfig, loaded: LoadedModel) -> Drafters:
 
 def _make(method: str, tree: Tree | None, loaded: LoadedModel, source: str | None, config: EngineConfig) -> Drafter:
     kind: type[Drafter] = registry.drafters.find(method)
-    drafter = kind.for_target(tree or kind.largest, loaded, source)
+    largest = likely_tree(*STREAMED) if config.offload and not kind.largest.is_chain else kind.largest
+    drafter = kind.for_target(tree or largest, loaded, source)
     if drafter.name != method:
         raise ValueError(f"the drafter registered as {method!r} calls itself {drafter.name!r}; rename one")
     drafter.sampling = config.tree_sampling

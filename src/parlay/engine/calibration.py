@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from parlay.bets import NO_TREE, Bet, Tree
+from parlay.bets import NO_TREE, Bet, Tree, likely_tree
 from parlay.drafters.base import Drafter
 from parlay.engine.batch import Draft
 from parlay.policy.base import PolicyRow
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 NEW = (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)  # tokens of a row in a pass: its last known one, and guesses
+WIDE = (65, 97, 129, 193, 257, 385, 513, 769)  # the same where layers stream, and more guesses cost little
 CONTEXTS = (32, 256, 1024)
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 MOST_CONTEXT = 8192  # tokens in KV of all rows: more would take memory that nobody may ever need
@@ -51,6 +52,7 @@ PASSES = {"quick": 5, "full": 20}  # of every shape are enough
 DRAFTS = {"quick": 3, "full": 9}  # times that every draft is made
 HELD_OUT = 5  # of so many shapes one is only predicted
 TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
+WIDE_TREES = (likely_tree(16, 6), likely_tree(64, 8), likely_tree(256, 12))
 MOST_SECONDS = {"quick": 15.0, "full": 60.0}
 HOST_PROMPT, HOST_STEPS = 8, 12
 SHORTEST = 48  # context that can be measured
@@ -64,6 +66,11 @@ class Shape:
     rows: int
     context: int
     new: int
+
+    @property
+    def span(self) -> int:
+        """Positions of a row, those of guesses included."""
+        return self.context + 1 + max(self.new - 1, len(TREES[-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class Limits:
 
     def allows(self, shape: Shape) -> bool:
         """Whether such a step can be."""
-        span = shape.context + 1 + max(shape.new - 1, len(TREES[-1]))
+        span = shape.span
         held = shape.rows * -(-span // self.page_size)
         return (
             shape.rows <= self.rows
@@ -116,9 +123,15 @@ class Calibration:
     seconds: float
 
 
-def shapes(limits: Limits) -> list[Shape]:
-    """Steps to measure: every size of step beside little context, and some beside more."""
+def shapes(limits: Limits, streams: bool) -> list[Shape]:
+    """Steps to measure: every size of step beside little context, and some beside more.
+
+    Args:
+        limits: What steps can be.
+        streams: Whether layers stream, so that trees of one row may be large.
+    """
     found = [Shape(rows, CONTEXTS[0], new) for rows in ROWS for new in NEW]
+    found += [Shape(1, CONTEXTS[0], new) for new in WIDE if streams]
     found += [Shape(rows, context, new) for context in CONTEXTS[1:] for rows in ROWS for new in (1, 5)]
     return [shape for shape in found if limits.allows(shape)]
 
@@ -137,7 +150,7 @@ class Stopwatch:
 
     def verify(self, shape: Shape) -> tuple[float, float]:
         """Seconds of a pass, and of choosing tokens behind it."""
-        tree = Tree.chain(shape.new - 1) if shape.new > 1 else NO_TREE
+        tree = Tree.chain(shape.new - 1) if shape.new <= NEW[-1] else likely_tree(shape.new - 1, 12)
         rows = self.rows(shape)
         draft = Draft("calibration", tree, tuple(self._tokens(len(tree)))) if tree else None
         self._wait()
@@ -162,7 +175,7 @@ class Stopwatch:
     def rows(self, shape: Shape) -> list[Row]:
         """Rows with one known token to run, each on pages of its own."""
         size = self._limits.page_size
-        each = -(-(shape.context + 1 + max(shape.new - 1, len(TREES[-1]))) // size)
+        each = -(-shape.span // size)
         found = []
         for line in range(shape.rows):
             tokens = array("i", self._tokens(shape.context + 1))
@@ -196,13 +209,14 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
         config.max_num_seqs, config.max_num_batched_tokens, engine.max_model_len, blocks.num_pages, config.page_size
     )
     watch = Stopwatch(engine, limits)
-    wanted = shapes(limits)
+    streams = engine.model.streamed is not None
+    wanted = shapes(limits, streams)
     passes, choices = _time_passes(watch, wanted, how, lambda share: advance(0.7 * share))
     drafts = {}
     guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
     for place, drafter in enumerate(guessing):
         reading = _time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
-        drafts[drafter.name] = _time_drafter(watch, drafter, limits, DRAFTS[how], reading)
+        drafts[drafter.name] = _time_drafter(watch, drafter, limits, DRAFTS[how], reading, streams)
         advance(0.7 + 0.2 * (place + 1) / len(guessing))
     drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
     host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
@@ -249,10 +263,14 @@ def _per_guess(choices: Timed) -> float:
     return float(nonnegative_least_squares(features, np.ones(len(rows)))[2])
 
 
-def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int, per_catch_up: float) -> DraftCost:
+def _time_drafter(
+    watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int, per_catch_up: float, streams: bool
+) -> DraftCost:
     """What a drafter's levels, rows and guesses cost."""
     lines: list[tuple[float, ...]] = []
-    for shape in (Shape(1, 64, 1), Shape(4, 64, 1), Shape(16, 64, 1), Shape(1, 480, 1), Shape(4, 480, 1)):
+    wide = [(Shape(1, 96, WIDE[-1]), WIDE_TREES)] if streams else []
+    usual = (Shape(1, 64, 1), Shape(4, 64, 1), Shape(16, 64, 1), Shape(1, 480, 1), Shape(4, 480, 1))
+    for shape, trees in [*((shape, TREES) for shape in usual), *wide]:
         if not limits.allows(shape):
             continue
         rows = watch.rows(shape)
@@ -261,7 +279,7 @@ def _time_drafter(watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: in
             if ready:
                 break
             _, ready = watch.draft(drafter, rows, TREES[0])
-        for tree in TREES if ready else ():
+        for tree in trees if ready else ():
             seconds = statistics.median(watch.draft(drafter, rows, tree)[0] for _ in range(rounds))
             held = shape.rows * shape.context
             lines.append((1.0, tree.depth, shape.rows, shape.rows * len(tree), held, seconds))

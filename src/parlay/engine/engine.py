@@ -23,7 +23,7 @@ from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compiling, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.laps import Laps
-from parlay.engine.model import LoadedModel, TargetModel, load_model
+from parlay.engine.model import LoadedModel, TargetModel, load_model, move_all_but_layers
 from parlay.engine.output import OutputStream
 from parlay.engine.sampling import FreshDraws
 from parlay.engine.scheduler import Scheduler
@@ -68,6 +68,8 @@ class Engine:
         strict = config.parity == "strict"
         loaded = load_model(resolve(config.model), config)
         expected = self_check.reference(loaded) if config.self_check else None
+        if config.offload is not None:
+            move_all_but_layers(loaded)
         self.eos = loaded.eos
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
@@ -75,7 +77,9 @@ class Engine:
         blocks = Blocks(_num_pages(config, loaded, longest, self.drafters.bytes_per_position), config.page_size)
         self.max_model_len = _fitting(config, longest, blocks)
         self.tokenizer = Tokenizer(loaded.tokenizer, self.max_model_len)
-        self.model = TargetModel(loaded, blocks.num_pages + 1, config.page_size, strict, config.memory_budget)
+        self.model = TargetModel(
+            loaded, blocks.num_pages + 1, config.page_size, strict, config.offload, config.memory_budget or 0
+        )
         if expected is not None:
             self_check.check(self.model, expected)
         if strict:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from parlay.bets import Tree
-from parlay.config import EngineConfig
+from parlay.config import EngineConfig, Offload
 from parlay.engine import attention, native
 from parlay.engine.accept import Scores, token_logprobs
 from parlay.engine.attention import AttentionCall, ProbeAttention, UnsupportedModel, forward_batch
@@ -27,7 +27,7 @@ from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel
-from parlay.engine.streaming import stream_from_disk
+from parlay.engine.streaming import stream
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs
 
@@ -102,7 +102,8 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     dtype = fastest_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if not source.gguf_file:
         _refuse_if(_config_refusal(source))
-    model, tokenizer = load(source, dtype, device, attn_implementation="eager")
+    home = torch.device("cpu") if config.offload else device  # layers that stream are never all on the device
+    model, tokenizer = load(source, dtype, home, attn_implementation="eager")
     _refuse_if(refusal(model.config))
     if config.parity == "strict" and any(getattr(model.config, name, None) for name in _EXPERTS):
         _refuse_if("mixture-of-experts models regroup tokens by expert, so --parity strict cannot hold for them")
@@ -115,13 +116,13 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     hook = layers[0].register_forward_hook(lambda _m, _a, out: returns_tuple.append(isinstance(out, tuple)))
     probe = ProbeAttention({}, {})
     model.set_attn_implementation(attention.NAME)
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=home)
     try:
         with torch.inference_mode(), forward_batch(probe):
-            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+            model(input_ids=ids, position_ids=torch.arange(2, device=home)[None], use_cache=False)
     except RuntimeError as error:  # such as a product that PyTorch lacks for a dtype
         reason = str(error).splitlines()[0]
-        raise UnsupportedModel(f"{model.config.model_type} does not run in {dtype} on {device} ({reason})") from error
+        raise UnsupportedModel(f"{model.config.model_type} does not run in {dtype} on {home} ({reason})") from error
     hook.remove()
     model.set_attn_implementation("eager")
     if sorted(probe.shapes) != list(range(len(layers))):
@@ -202,15 +203,22 @@ class TargetModel:
         num_pages: Pages of the KV pool, the null page included.
         page_size: Positions per page.
         strict: Run shape-invariantly; see `strict`.
-        layer_memory: Bytes for all layers, where those that do not fit stream from disk.
+        offload: Where layers stream from that do not fit into `memory_budget` bytes; None where all are resident.
     """
 
     def __init__(
-        self, loaded: LoadedModel, num_pages: int, page_size: int, strict: bool, layer_memory: int | None = None
+        self,
+        loaded: LoadedModel,
+        num_pages: int,
+        page_size: int,
+        strict: bool,
+        offload: Offload | None = None,
+        memory_budget: int = 0,
     ) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
         self.vocab_size, self.eos = int(loaded.config.vocab_size), loaded.eos
-        pack_products(loaded.model)
+        if self.device.type == "cpu":
+            pack_products(loaded.model)
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
         self.attention = PathAttention if self.by_paths else GatheredAttention
         self.products = ParallelProducts(loaded.model) if strict else None
@@ -218,7 +226,9 @@ class TargetModel:
         self._about = loaded.config.to_json_string(use_diff=False)
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
-        self.streamed = None if layer_memory is None else stream_from_disk(loaded.layers, layer_memory, _folder(loaded))
+        self.streamed = None
+        if offload is not None:
+            self.streamed = stream(loaded.layers, offload, memory_budget, _folder(loaded), loaded.device)
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
         if self.streamed is not None:
             self.segments.before_each(self.streamed.bring)
@@ -332,6 +342,14 @@ class TargetModel:
         if moves:
             sources, destinations = zip(*moves, strict=True)
             self.kv.move(sources, destinations)
+
+
+def move_all_but_layers(loaded: LoadedModel) -> None:
+    """Brings what surrounds layers that stream to the device."""
+    inside = {module for layer in loaded.layers for module in layer.modules()}
+    for module in set(loaded.model.modules()) - inside:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = tensor.to(loaded.device)
 
 
 def _folder(loaded: LoadedModel) -> Path:

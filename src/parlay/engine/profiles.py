@@ -83,7 +83,8 @@ def stored(engine: Engine) -> Path:
     model, config = engine.model, engine.config
     about = (
         hardware(model.device), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
-        config.max_num_seqs, sorted(engine.drafters.sources.items()), torch.__version__, native.key(),
+        config.max_num_seqs, config.offload, config.memory_budget, sorted(engine.drafters.sources.items()),
+        torch.__version__, native.key(),
     )  # fmt: skip
     name = re.sub(r"[^\w.-]+", "-", config.model).strip("-")
     digest = hashlib.sha256(json.dumps([config.model, *about], default=str).encode()).hexdigest()[:12]

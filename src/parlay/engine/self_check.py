@@ -57,7 +57,7 @@ def reference(loaded: LoadedModel) -> Reference:
     known, other, nodes = drawn[:KNOWN], drawn[KNOWN : KNOWN + OTHER], drawn[KNOWN + OTHER :]
 
     def run(tokens: list[int]) -> torch.Tensor:
-        return loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0]
+        return loaded.model(input_ids=torch.tensor([tokens], device=loaded.model.device), use_cache=False).logits[0]
 
     def path(node: int) -> list[int]:
         return [*path(TREE.parents[node]), nodes[node]] if node >= 0 else known
@@ -65,7 +65,7 @@ def reference(loaded: LoadedModel) -> Reference:
     logits = [run(path(node))[-1] for node in range(-1, len(TREE))]
     full = run(known)
     spread = max(_rms(run(known[:size])[-1] - full[size - 1]) for size in (1, 2, 5))
-    return Reference(tuple(drawn), torch.stack([*logits, run(other)[-1]]), spread)
+    return Reference(tuple(drawn), torch.stack([*logits, run(other)[-1]]).to(loaded.device), spread)
 
 
 def check(model: TargetModel, expected: Reference) -> None:

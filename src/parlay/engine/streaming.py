@@ -18,13 +18,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from parlay.engine.layer_files import PAGE, LayerFile, Layout, write_layer
+from parlay.config import Offload
+from parlay.engine.layer_files import PAGE, LayerFile, Layout, state_of, write_layer
 
 
 class Source(Protocol):
     """Where layers come from."""
 
-    def fetch(self, number: int, into: torch.Tensor) -> None:
+    def mark(self) -> object:
+        """What a slot's layer, whose work was handed out by now, has to reach before the slot may be overwritten."""
+        ...
+
+    def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
         """Brings a streamed layer's bytes into a slot; returns when they are there.
 
         Raises:
@@ -127,7 +132,7 @@ class StreamedLayers:
     def _send_for(self, number: int) -> None:
         self._held[number % 2] = None
         size = self._layouts[number].bytes
-        future = self._reader.submit(self._source.fetch, number, self._slots[number % 2][:size])
+        future = self._reader.submit(self._source.fetch, number, self._slots[number % 2][:size], self._source.mark())
         self._coming = number, future
 
     def _arrive(self) -> None:
@@ -139,35 +144,77 @@ class StreamedLayers:
             self.bytes_read += self._layouts[number].bytes
 
 
-def stream_from_disk(layers: Sequence[nn.Module], budget: int, folder: Path) -> StreamedLayers | None:
-    """Writes the layers that do not fit to files, and streams them from there; None where all of them fit.
+def stream(
+    layers: Sequence[nn.Module], offload: Offload, budget: int, folder: Path, device: torch.device
+) -> StreamedLayers | None:
+    """Leaves the layers that fit on the device, and streams the others; None where all of them fit.
 
     Args:
-        layers: On the CPU, packed.
-        budget: Bytes for all of them.
+        layers: On the CPU, packed where that is where they run.
+        offload: Where the others are: `disk`, or `cpu` for a CUDA device, in pinned memory.
+        budget: Bytes on the device for all of them.
         folder: For one file a layer.
+        device: Where they run.
 
     Raises:
-        ValueError: for a budget that is too small.
+        ValueError: for a budget that is too small, or layers that would stream from the CPU to itself.
         OSError: when the files cannot be written.
     """
+    if offload == "cpu" and device.type == "cpu":
+        raise ValueError("offload cpu: the model runs on the CPU, whose memory it would leave for itself; choose disk")
     placement = Placement.of([size_of(layer) for layer in layers], budget)
+    for index in sorted({*range(len(layers))} - {*placement.streamed}):
+        layers[index].to(device)
     if not placement.streamed:
         return None
-    files = [write_layer(folder / f"layer-{index:05}.safetensors", layers[index]) for index in placement.streamed]
-    largest = max(file.layout.bytes for file in files)
-    slots = aligned(largest), aligned(largest)
-    return StreamedLayers(layers, placement, [file.layout for file in files], _Disk(files), slots)
+    chosen = [layers[index] for index in placement.streamed]
+    layouts, files = [Layout.of(layer) for layer in chosen], list[LayerFile]()
+    if offload == "disk":
+        names = (f"layer-{index:05}.safetensors" for index in placement.streamed)
+        files = [write_layer(folder / name, layer) for name, layer in zip(names, chosen, strict=True)]
+    size = max(layout.bytes for layout in layouts)
+    if device.type == "cpu":
+        return StreamedLayers(layers, placement, layouts, _Disk(files), (aligned(size), aligned(size)))
+    hosts = [aligned(size, pinned=True)] if files else [copied(layer, pinned=True) for layer in chosen]
+    slots = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    return StreamedLayers(layers, placement, layouts, _Device(hosts, files, device), slots)
 
 
 class _Disk:
-    """Reads files past the page cache."""
+    """Reads files past the page cache, into the CPU's memory."""
 
     def __init__(self, files: Sequence[LayerFile]) -> None:
         self._files = files
 
-    def fetch(self, number: int, into: torch.Tensor) -> None:
+    def mark(self) -> None:
+        """The CPU has done what was handed out."""
+
+    def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
+        del mark
         self._files[number].read(into)
+
+
+class _Device:
+    """Copies to a CUDA device, beside what computes there, from pinned memory; from files by way of that."""
+
+    def __init__(self, hosts: Sequence[torch.Tensor], files: Sequence[LayerFile], device: torch.device) -> None:
+        self._hosts, self._files, self._device = hosts, files, device
+        self._stream = torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        host = self._hosts[number % len(self._hosts)]
+        if self._files:
+            self._files[number].read(host)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            into.copy_(host[: len(into)], non_blocking=True)
+        self._stream.synchronize()
 
 
 def size_of(layer: nn.Module) -> int:
@@ -175,8 +222,18 @@ def size_of(layer: nn.Module) -> int:
     return Layout.of(layer).bytes
 
 
-def aligned(size: int) -> torch.Tensor:
+def copied(layer: nn.Module, pinned: bool = False) -> torch.Tensor:
+    """[bytes] a layer as its file would have it in memory."""
+    layout, tensors = Layout.of(layer), state_of(layer)
+    memory = aligned(layout.bytes, pinned)
+    for place in layout.places:
+        part = memory[PAGE + place.start : PAGE + place.end]
+        part.copy_(tensors[place.name].detach().contiguous().view(-1).view(torch.uint8))
+    return memory
+
+
+def aligned(size: int, pinned: bool = False) -> torch.Tensor:
     """[size] bytes that begin at a page, as direct reads want them."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + size]
