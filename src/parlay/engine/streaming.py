@@ -8,6 +8,7 @@ After Sequoia's offloading (Chen et al. 2024, arXiv 2402.12374, Section 4 and `s
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,6 +125,28 @@ class StreamedLayers:
         following = (number + 1) % len(self._number)
         if following % 2 != number % 2 and self._held[following % 2] != following:
             self._send_for(following)
+
+    @property
+    def count(self) -> int:
+        """Layers that stream."""
+        return len(self._layouts)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Read for every pass over all layers."""
+        return sum(layout.bytes for layout in self._layouts)
+
+    def time_reading(self, times: int) -> float:
+        """Median seconds of reading all of it, while nothing else happens."""
+        found = []
+        for _ in range(times):
+            began = time.perf_counter()
+            for number in range(self.count):
+                self._arrive()
+                self._send_for(number)
+            self._arrive()
+            found.append(time.perf_counter() - began)
+        return statistics.median(found)
 
     def close(self) -> None:
         """Ends the thread."""
