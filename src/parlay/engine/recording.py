@@ -126,17 +126,17 @@ class Recording:
         })  # fmt: skip
 
     def start(self) -> None:
-        """Listens from the next step on."""
+        """Listens from the next step on; makes bets of its own if the policy learns from bets."""
         self._engine.listeners.append(self.note)
-        self._engine.explorer = self.explore
+        if isinstance(self._engine.policy, Goodput):
+            self._engine.explorer = self.explore
 
     def explore(
         self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
     ) -> Sequence[Bet | None]:
         """Bets of its own, now and then; see `Engine.explorer`."""
         methods = sorted({offer.method for some in offers for offer in some if offer.tokens is None})
-        learns = methods and isinstance(self._engine.policy, Goodput)
-        self._explores = bool(learns) and not self._chance.randrange(EVERY)
+        self._explores = bool(methods) and not self._chance.randrange(EVERY)
         if not self._explores:
             return own
         bet = Bet(self._chance.choice(methods), EXPLORED)
