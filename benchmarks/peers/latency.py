@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -162,9 +162,13 @@ def started(program: str, dtype: str) -> Iterator[Server]:
             _wait(process, url, log)
             yield Server(Target(url, MODEL), process)
         finally:
-            os.killpg(process.pid, signal.SIGCONT)
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def parlay_command(program: str, dtype: str) -> list[str]:
@@ -216,7 +220,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
-            time.sleep(1)
+            pass
+        time.sleep(1)
     log.seek(0)
     raise ServerFailed("a server did not start:\n" + "\n".join(log.read().splitlines()[-20:]))
 

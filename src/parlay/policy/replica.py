@@ -146,6 +146,8 @@ class Replica:
     def _looks_ahead(self) -> bool:
         """Whether the next steps hang on nothing but chance: no prompts, no plan that is due, KV for the worst case."""
         held, rows = self._held, self._rows
+        if self._offering.readers and held.guesses:
+            return False  # what they read is paid step by step
         if self._filling or not rows or self._reuse - held.steps < 2 or not self._holds(rows):
             return False
         most = rows * AHEAD * (1 + MOST_DEPTH)
