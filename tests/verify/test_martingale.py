@@ -43,7 +43,7 @@ def fresh(rng: np.random.Generator, chances: np.ndarray, tokens: list[int]) -> i
 
 @pytest.mark.parametrize("known", [TOKENS, 5])
 def test_a_correct_server_fails_as_seldom_as_is_said(known: int) -> None:
-    """Also where only the likeliest tokens are known. At alpha 0.2: 40 runs, 8 failures expected at most, and fewer as limits hold for rare events."""
+    """Also where only the likeliest are known. At alpha 0.2 no more than 8 of 40 runs should."""
     runs = [statistics(answers(fresh, 60, seed, known), alpha=0.2, seed=seed) for seed in range(40)]
     failed = sum(not all(some.passes for some in run) for run in runs)
     assert failed <= 12
