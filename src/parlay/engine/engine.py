@@ -53,7 +53,7 @@ class Explorer(Protocol):
 
     @property
     def awake(self) -> bool:
-        """Whether all methods shall make offers, wanted or not."""
+        """Whether all methods shall make offers in the next step, wanted or not."""
         ...
 
     def bets(

@@ -117,7 +117,7 @@ class Recording:
         self._file = path.open("w", encoding="utf-8", buffering=1)  # a line is there once it is written
         self._choices: dict[int, _Choice] = {}
         self._most = 2 * engine.config.max_num_seqs  # more than that run only where some were aborted
-        self._chance = random.Random(engine.config.seed)
+        self._chance, self._next = random.Random(engine.config.seed), False  # whether the next step explores
         config = engine.config
         self._write({
             "parlay_recording": FORMAT,
@@ -135,15 +135,16 @@ class Recording:
 
     @property
     def awake(self) -> bool:
-        """See `Explorer`: while the policy is one that decides by itself."""
-        return isinstance(self._engine.policy, Goodput)
+        """See `Explorer`: where the next step explores, under a policy that decides by itself."""
+        return self._next and isinstance(self._engine.policy, Goodput)
 
     def bets(
         self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
     ) -> Sequence[Bet | None]:
         """See `Explorer`."""
         methods = sorted({offer.method for some in offers for offer in some if offer.tokens is None})
-        if not (self.awake and methods) or self._chance.randrange(EVERY):
+        explores, self._next = self.awake and bool(methods), not self._chance.randrange(EVERY)
+        if not explores:
             return own
         bet = Bet(self._chance.choice(methods), EXPLORED)
         return [mine or (bet if row.speculation != "off" else None) for row, mine in zip(rows, own, strict=True)]
