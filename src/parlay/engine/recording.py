@@ -126,6 +126,7 @@ class Recording:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "kv_tokens": engine.scheduler.blocks.num_pages * config.page_size,
+            "windows": {name: drafter.window for name, drafter in engine.drafters.by_name.items() if drafter.window},
         })  # fmt: skip
 
     def start(self) -> None:

@@ -82,7 +82,7 @@ class Replica:
     ) -> None:
         self.server, self.workload, self.policy, self.counts = server, workload, policy, Counts()
         self._outcomes, self._times, self._rng = outcomes, times, rng
-        self._offering = Offering(offers, server.profile, workload.shown)
+        self._offering = Offering(offers, server, workload.shown)
         self._note, self._reuse = note, reuse
         self._queue: deque[tuple[int, int]] = deque()  # requests, and what they had emitted when they were preempted
         self._table = np.zeros((READ + len(self._offering.readers), server.max_num_seqs), dtype=np.intp)
