@@ -65,7 +65,7 @@ def verify(
             min=0,
             rich_help_panel=_tests,
         ),
-    ] = 0.25,
+    ] = 0.5,
     alpha: Annotated[
         float,
         typer.Option(
