@@ -234,13 +234,13 @@ class Engine:
     def _plan(self, rows: list[Row], offers: list[list[Offer]]) -> StepPlan:
         """What to bet; nothing for now where the policy fails, and plain decoding from then on."""
         own, budget = [row.own_bet for row in rows], self.scheduler.budget
+        bets = own if self.explorer is None else self.explorer.bets(rows, offers, own)
+        self._explored = bets is not own
         try:
-            bets = own if self.explorer is None else self.explorer.bets(rows, offers, own)
-            self._explored = bets is not own
             return plan_around(self.policy, bets, rows, offers, budget)
         except Exception:  # whatever it is, requests go on without its bets
             self._drop_policy()
-            return plan_around(self.policy, own, rows, offers, budget)
+            return plan_around(self.policy, bets, rows, offers, budget)
 
     def _observe(self, rows: list[Row], result: StepResult) -> None:
         """Tells the policy what came of its plan; whole results, since an output's end is not a rejection."""

@@ -66,6 +66,11 @@ def run(settings: Settings, api_key: str | None, reference_api_key: str | None, 
     except EndpointError as error:
         console(stderr=True).print(f"cannot be tested: {error}", style="red", markup=False, soft_wrap=True)
         return 2
+    except (ValueError, OSError):  # what is wrong with an option, in a sentence of its own
+        raise
+    except Exception:  # 1 would say that the server is at fault
+        console(stderr=True).print_exception()
+        return 2
     if json_to is not None:
         environment.deliver(json_to, captured, found)
     if json_to != "-":
