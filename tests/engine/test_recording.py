@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -190,6 +191,29 @@ def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(
     assert tokens == 5
     assert engine.listeners == []
     assert "hears no more steps" in caplog.text
+
+
+@pytest.mark.failures
+def test_exploring_that_fails_ends_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(
+        str(make_tiny_llama(tmp_path)), dtype="float64", device="cpu", self_check=False, compile="off"
+    )
+    engine = Engine(config)
+    plain, policy = answer(engine, 1), engine.policy
+
+    class Broken:
+        @property
+        def awake(self) -> bool:
+            return True
+
+        def bets(self, *_: Any) -> None:
+            raise RuntimeError("broken")
+
+    engine.explorer = cast("Any", Broken())
+    assert answer(engine, 1) == plain
+    assert engine.explorer is None
+    assert engine.policy is policy
+    assert "exploring failed" in caplog.text
 
 
 def test_a_recording_without_bets_is_refused_in_a_sentence(recorded: Path, tmp_path: Path) -> None:

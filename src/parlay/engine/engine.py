@@ -233,14 +233,27 @@ class Engine:
 
     def _plan(self, rows: list[Row], offers: list[list[Offer]]) -> StepPlan:
         """What to bet; nothing for now where the policy fails, and plain decoding from then on."""
-        own, budget = [row.own_bet for row in rows], self.scheduler.budget
-        bets = own if self.explorer is None else self.explorer.bets(rows, offers, own)
-        self._explored = bets is not own
+        bets, budget = self._bets(rows, offers), self.scheduler.budget
         try:
             return plan_around(self.policy, bets, rows, offers, budget)
         except Exception:  # whatever it is, requests go on without its bets
             self._drop_policy()
             return plan_around(self.policy, bets, rows, offers, budget)
+
+    def _bets(self, rows: list[Row], offers: list[list[Offer]]) -> Sequence[Bet | None]:
+        """Those that rows asked for, and now and then the explorer's."""
+        own = [row.own_bet for row in rows]
+        self._explored = False
+        if self.explorer is None:
+            return own
+        try:
+            bets = self.explorer.bets(rows, offers, own)
+        except Exception:  # nobody's request ends for it
+            logger.exception("exploring failed and ends")
+            self.explorer = None
+            return own
+        self._explored = bets is not own
+        return bets
 
     def _observe(self, rows: list[Row], result: StepResult) -> None:
         """Tells the policy what came of its plan; whole results, since an output's end is not a rejection."""
