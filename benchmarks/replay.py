@@ -160,11 +160,12 @@ def draw(result: Replay, path: Path) -> None:
     """Simulated against measured."""
     figure, (axes,) = new_figure(1, width=5.2)
     for line in result.lines:
-        axes.plot(line.measured, line.simulated, "o")
-        axes.annotate(line.policy, (line.measured, line.simulated), xytext=(6, -3), textcoords="offset points")
-    most = 1.1 * max(max(line.measured, line.simulated) for line in result.lines)
-    axes.plot((0, most), (0, most), color="#8a93a6", linewidth=1)
-    axes.fill_between((0, most), (0, 0.9 * most), (0, 1.1 * most), color="#8a93a6", alpha=0.15, linewidth=0)
+        axes.plot(line.measured, line.simulated, "o", label=line.policy)
+    both = [value for line in result.lines for value in (line.measured, line.simulated)]
+    ends = np.array([0.9 * min(both), 1.1 * max(both)])
+    axes.plot(ends, ends, color="#8a93a6", linewidth=1)
+    axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color="#8a93a6", alpha=0.15, linewidth=0)
+    axes.legend(frameon=False)
     title(axes, "mean latency, 10% on either side", "measured, seconds", "simulated, seconds")
     save(figure, path)
 

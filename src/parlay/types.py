@@ -318,6 +318,7 @@ class StepReport:
         result: What became of them.
         deltas: What each row gained, empty ones too.
         ended: When it was over, in seconds on `time.perf_counter`'s clock.
+        explored: Whether bets were neither the policy's nor the requests' own.
     """
 
     rows: Sequence[Row]
@@ -325,6 +326,7 @@ class StepReport:
     result: StepResult
     deltas: Sequence[Delta]
     ended: float
+    explored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

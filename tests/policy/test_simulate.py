@@ -216,6 +216,9 @@ def test_drafters_read_what_they_missed_before_they_guess() -> None:
     assert policy.unread == [200, 1, 2, 1, 2]  # no offer beside the prompt
     plain = run(work)
     assert found.counts.guesses == 2
+    policy.unread.clear()
+    simulate(Server(profile, windows={"draft": 64}), work, never, OFFERS, lambda: policy, reuse=1)
+    assert policy.unread[0] == 64
     reading = 0.202
     assert found.counts.busy == pytest.approx(plain.counts.busy + reading + 2 * 0.0001)
 

@@ -134,7 +134,7 @@ def test_planted_faults_are_found(fault: type, engine: Engine, server: Server, f
     else:
         engine.acceptor = Acceptor(fault(torch.Generator()), kept.eos)
     try:
-        result = against_model(server, folder)
+        result = against_model(server, folder, answers=240)
     finally:
         engine.acceptor = kept
     assert result.exit_code == 1, result.output

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 PACKAGES = ("parlay", "torch", "transformers", "numpy", "httpx")
-SECRETS = ("--api-key",)  # options whose values stay out of every record
+SECRETS = ("--api-key", "--reference-api-key")  # options whose values stay out of every record
 
 
 @dataclass(frozen=True, slots=True)

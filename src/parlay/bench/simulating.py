@@ -200,7 +200,8 @@ def _situation(settings: Settings, load: Load, seed: int) -> tuple[Server, Situa
         name: getattr(settings, name) or (usual if recorded is None else recorded.about[name])
         for name, usual in LIMITS.items()
     }
-    server = Server(profile, **limits, noise=settings.noise)
+    windows = {} if recorded is None else recorded.about["windows"]
+    server = Server(profile, **limits, noise=settings.noise, windows=windows)
     if recorded is not None and settings.acceptance is None:
         kinds, work = recorded.kinds, recorded.workload
     else:

@@ -46,6 +46,7 @@ class Drafter(ABC):
     bytes_per_position: int = 0
     sampling: TreeSampling = "sequoia"
     largest: Tree = likely_tree(16, 6)
+    window: int | None = None  # tokens that it reads at least of a row of which it has missed more than twice as many
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:

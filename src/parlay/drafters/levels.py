@@ -34,7 +34,6 @@ class LevelDrafter(Drafter):
     """
 
     owns_kv = True
-    window: int | None = None  # tokens that it reads at least of a row of which it has missed more than twice as many
     ids: torch.Tensor | None = None  # [V] the target's tokens of its logits; None where they are all of them
 
     def __init__(self, tree: Tree, device: torch.device, seed: int = 0) -> None:

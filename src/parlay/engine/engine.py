@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol
 
 import psutil
 import torch
@@ -47,8 +47,20 @@ from parlay.types import (
 
 logger = logging.getLogger(__name__)
 
-# Given rows, offers and the bets that rows asked for: bets that are made whatever the policy says.
-Explorer: TypeAlias = Callable[[Sequence[Row], Sequence[Sequence[Offer]], Sequence[Bet | None]], Sequence[Bet | None]]
+
+class Explorer(Protocol):
+    """Bets now and then whatever the policy says, so that it is known what else could be won."""
+
+    @property
+    def awake(self) -> bool:
+        """Whether all methods shall make offers in the next step, wanted or not."""
+        ...
+
+    def bets(
+        self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
+    ) -> Sequence[Bet | None]:
+        """Bets that are made whatever the policy says: `own` itself, those that rows asked for, or more."""
+        ...
 
 
 class Engine:
@@ -97,7 +109,8 @@ class Engine:
         self.policy: Policy = Off()
         self.policy_name, self._policies = "off", dict[str, Policy]()
         self.profile: Profile | None = None  # what steps cost, once a policy has asked
-        self.explorer: Explorer | None = None  # while it is there, all methods make offers
+        self.explorer: Explorer | None = None
+        self._explored = False  # by this step's bets
         self._resting: Container[str] = ()  # methods whose offers nobody will look at
         self._take_policy(config.policy or "auto", policy_for(self, config.policy, config.calibrate))
 
@@ -199,7 +212,7 @@ class Engine:
         lap("schedule")
         offers = self.drafters.offer(rows, self._resting)
         plan = self._plan(rows, offers)
-        self._resting = () if self.explorer else plan.resting
+        self._resting = () if self.explorer is not None and self.explorer.awake else plan.resting
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
@@ -219,20 +232,32 @@ class Engine:
         result = StepResult(outcome, lap.parts())
         self._observe(rows, result)
         if self.listeners:
-            self._tell(StepReport(rows, offers, result, deltas, lap.ended))
+            self._tell(StepReport(rows, offers, result, deltas, lap.ended, self._explored))
         return [delta for delta in deltas if delta.tokens or delta.prompt_logprobs]
 
     def _plan(self, rows: list[Row], offers: list[list[Offer]]) -> StepPlan:
         """What to bet; nothing for now where the policy fails, and plain decoding from then on."""
-        own: Sequence[Bet | None] = [row.own_bet for row in rows]
-        if self.explorer is not None:
-            own = self.explorer(rows, offers, own)
-        budget = self.scheduler.budget
+        bets, budget = self._bets(rows, offers), self.scheduler.budget
         try:
-            return plan_around(self.policy, own, rows, offers, budget)
+            return plan_around(self.policy, bets, rows, offers, budget)
         except Exception:  # whatever it is, requests go on without its bets
             self._drop_policy()
-            return plan_around(self.policy, own, rows, offers, budget)
+            return plan_around(self.policy, bets, rows, offers, budget)
+
+    def _bets(self, rows: list[Row], offers: list[list[Offer]]) -> Sequence[Bet | None]:
+        """Those that rows asked for, and now and then the explorer's."""
+        own = [row.own_bet for row in rows]
+        self._explored = False
+        if self.explorer is None:
+            return own
+        try:
+            bets = self.explorer.bets(rows, offers, own)
+        except Exception:  # nobody's request ends for it
+            logger.exception("exploring failed and ends")
+            self.explorer = None
+            return own
+        self._explored = bets is not own
+        return bets
 
     def _observe(self, rows: list[Row], result: StepResult) -> None:
         """Tells the policy what came of its plan; whole results, since an output's end is not a rejection."""
@@ -254,6 +279,7 @@ class Engine:
             except Exception:  # a full disk, say: nobody's request ends for it
                 logger.exception("a listener failed and hears no more steps")
                 self.listeners.remove(listener)
+                self.explorer = None  # nobody may be left to learn from it
 
     def _read_out(
         self, rows: list[Row], results: tuple[RowResult, ...], began: float

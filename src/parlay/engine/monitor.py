@@ -114,7 +114,7 @@ class Monitor:
         second = self._second(int(report.ended))
         rows, seconds = report.rows, sum(report.result.seconds.values())
         guesses = emitting = context = 0
-        plain, own = True, False
+        plain, own = True, report.explored
         for row, got, delta in zip(rows, report.result.rows, report.deltas, strict=True):
             emitted, second.tokens = len(got.emitted), second.tokens + len(delta.tokens)
             emitting, guesses, context = emitting + emitted, guesses + len(got.tree), context + row.start + row.count

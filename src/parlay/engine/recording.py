@@ -67,6 +67,7 @@ class _Choice:
     tokens: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)  # how many tokens there were as each step began
     shown: dict[str, list[tuple[int, Offer]]] = field(default_factory=dict)  # and what it was shown then
+    trees: set[str] = field(default_factory=set)  # methods that showed other trees than chains
     outcomes: dict[str, _Outcomes] = field(default_factory=dict)
     explored: dict[str, _Outcomes] = field(default_factory=dict)
 
@@ -76,20 +77,22 @@ class _Choice:
         for offer in offers:
             if offer.tokens and offer.tree.is_chain:
                 self.shown.setdefault(offer.method, []).append((len(self.tokens), offer))
+            elif offer.tokens:
+                self.trees.add(offer.method)
 
-    def hits(self) -> dict[str, list[list[float]]]:
-        """By method: where it showed guesses, how many of them came true, and how sure it was of each."""
-        return {
-            method: [
-                [
-                    place,
-                    _agreed(offer.tokens or (), self.tokens[place:]),
-                    *(round(c, 3) for c in offer.confidence or ()),
-                ]
-                for place, offer in some
-            ]
-            for method, some in self.shown.items()
-        }
+    def hits(self) -> dict[str, list[list[float]] | None]:
+        """By method: where it showed guesses, how many, how many came true, and how sure it was of each.
+
+        None for a method that shows trees: what becomes of these is among the outcomes only.
+        """
+
+        def line(place: int, offer: Offer) -> list[float]:
+            guesses = offer.tokens or ()
+            came = _agreed(guesses, self.tokens[place : place + len(guesses)])
+            return [place, len(guesses), came, *(round(sure, 3) for sure in offer.confidence or ())]
+
+        chains = {method: [line(*entry) for entry in some] for method, some in self.shown.items()}
+        return chains | dict.fromkeys(self.trees)
 
 
 def _agreed(guesses: Sequence[int], tokens: Sequence[int]) -> int:
@@ -114,7 +117,7 @@ class Recording:
         self._file = path.open("w", encoding="utf-8", buffering=1)  # a line is there once it is written
         self._choices: dict[int, _Choice] = {}
         self._most = 2 * engine.config.max_num_seqs  # more than that run only where some were aborted
-        self._chance, self._explores = random.Random(engine.config.seed), False
+        self._chance, self._next = random.Random(engine.config.seed), False  # whether the next step explores
         config = engine.config
         self._write({
             "parlay_recording": FORMAT,
@@ -123,21 +126,26 @@ class Recording:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "kv_tokens": engine.scheduler.blocks.num_pages * config.page_size,
+            "windows": {name: drafter.window for name, drafter in engine.drafters.by_name.items() if drafter.window},
         })  # fmt: skip
 
     def start(self) -> None:
         """Listens from the next step on."""
         self._engine.listeners.append(self.note)
-        self._engine.explorer = self.explore
+        self._engine.explorer = self
 
-    def explore(
+    @property
+    def awake(self) -> bool:
+        """See `Explorer`: where the next step explores, under a policy that decides by itself."""
+        return self._next and isinstance(self._engine.policy, Goodput)
+
+    def bets(
         self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
     ) -> Sequence[Bet | None]:
-        """Bets of its own, now and then; see `Engine.explorer`."""
+        """See `Explorer`."""
         methods = sorted({offer.method for some in offers for offer in some if offer.tokens is None})
-        learns = methods and isinstance(self._engine.policy, Goodput)
-        self._explores = bool(learns) and not self._chance.randrange(EVERY)
-        if not self._explores:
+        explores, self._next = self.awake and bool(methods), not self._chance.randrange(EVERY)
+        if not explores:
             return own
         bet = Bet(self._chance.choice(methods), EXPLORED)
         return [mine or (bet if row.speculation != "off" else None) for row, mine in zip(rows, own, strict=True)]
@@ -154,7 +162,7 @@ class Recording:
             if got.method is not None and got.tree.parents:
                 trials = Trials.of(got.tree, got.accepted)
                 choice.outcomes.setdefault(got.method, _Outcomes()).add(trials)
-                if self._explores and row.own_bet is None:
+                if report.explored and row.own_bet is None:
                     choice.explored.setdefault(got.method, _Outcomes()).add(trials)
             if row.samples:
                 choice.look(offers)

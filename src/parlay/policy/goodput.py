@@ -100,9 +100,9 @@ class Goodput:
         """See `Policy.plan`."""
         self._made = {}
         emitting = sum(row.samples for row in rows)
-        if not emitting:
+        if not any(row.samples and row.max_depth > 0 for row in rows):  # nothing to decide: what it knows stays
             self.expected = NOTHING
-            return StepPlan((None,) * len(rows))
+            return StepPlan((None,) * len(rows), resting=self._hidden)
         self._plans += 1
         bucket = int(4 * math.log2(emitting))
         changed, known = bucket != self._bucket, not self._hidden

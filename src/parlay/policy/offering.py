@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from parlay.policy.cost import Profile
-from parlay.policy.server import BET, CONTEXT, OUT, READ, REQUEST
+from parlay.policy.server import BET, CONTEXT, OUT, READ, REQUEST, Server
 from parlay.policy.trees import Ints
 from parlay.policy.workload import Shown
 from parlay.types import Offer
@@ -19,17 +18,18 @@ class Offering:
 
     Args:
         offers: What could be bet on every row.
-        profile: Says which drafters take time to read.
+        server: Says which drafters take time to read, and how much they read.
         shown: See `Workload`; such a method offers what it showed.
 
     Attributes:
         readers: What each token that it has not read costs a method that must have read all of a row to guess for it.
     """
 
-    def __init__(self, offers: Sequence[Offer], profile: Profile, shown: Mapping[str, Sequence[Shown]]) -> None:
+    def __init__(self, offers: Sequence[Offer], server: Server, shown: Mapping[str, Sequence[Shown]]) -> None:
         self._offers = [offer for offer in offers if offer.method not in shown]
         self._shown = list(shown.values())
-        costs = {offer.method: profile.draft(offer.method).per_catch_up for offer in self._offers}
+        self._windows = server.windows
+        costs = {offer.method: server.profile.draft(offer.method).per_catch_up for offer in self._offers}
         self.readers = {method: cost for method, cost in costs.items() if cost}
 
     def of(self, table: Ints, left: Ints) -> list[list[Offer]]:
@@ -41,7 +41,7 @@ class Offering:
         """
         if not self.readers and not self._shown:
             return [self._offers] * len(left)
-        unread = {method: table[CONTEXT] - table[line] for line, method in enumerate(self.readers, READ)}
+        unread = {method: self._unread(table, line, method) for line, method in enumerate(self.readers, READ)}
         found = []
         for row in range(len(left)):
             shown = [one[table[REQUEST, row]].offers[table[OUT, row]] for one in self._shown]
@@ -63,6 +63,11 @@ class Offering:
         seconds = 0.0
         for line, (method, cost) in enumerate(self.readers.items(), READ):
             mine = np.array([name == method for name in methods])[table[BET]]
-            seconds += cost * float((table[CONTEXT] - table[line])[mine].sum())
+            seconds += cost * float(self._unread(table, line, method)[mine].sum())
             table[line, mine] = table[CONTEXT, mine]
         return seconds
+
+    def _unread(self, table: Ints, line: int, method: str) -> Ints:
+        """[rows] tokens that a drafter would read of each."""
+        missed, window = table[CONTEXT] - table[line], self._windows.get(method)
+        return missed if window is None else np.where(missed > 2 * window, window, missed)

@@ -82,7 +82,8 @@ def read_recording(path: Path) -> Recorded:
             for name in ("arrival", "first", "finish", "prompt", "cached", "output")
         )
         kinds, kind = _kinds([choice["outcomes"] for choice in choices], [choice["explored"] for choice in choices])
-        methods = sorted({method for choice in choices for method in choice["shown"]})
+        trees = {method for choice in choices for method, some in choice["shown"].items() if some is None}
+        methods = sorted({method for choice in choices for method in choice["shown"]} - trees)
         shown = {method: tuple(_shown(choice, method) for choice in choices) for method in methods}
         work = Workload(arrival - arrival[0], np.maximum(prompt - cached, 1), np.maximum(output, 1), kind, shown)
         profile = Profile.of(profiles[-1]) if profiles else None
@@ -97,16 +98,16 @@ def _shown(choice: Mapping[str, Any], method: str) -> Shown:
     Tokens at which no step began came from guesses. What is shown there is taken for what is left of the guesses
     before, if they were right so far.
     """
-    seen = {int(place): (int(hits), tuple(sure)) for place, hits, *sure in choice["shown"].get(method, ())}
+    seen = {int(place): (int(size), int(hits), sure) for place, size, hits, *sure in choice["shown"].get(method, ())}
     starts = {*choice["starts"]}
     offers, found = [], []
-    hits, sure = 0, ()
+    size, hits, sure = 0, 0, []
     for place in range(max(int(choice["output"]), 1)):
         if place in starts:
-            hits, sure = seen.get(place, (0, ()))
-        elif place:
-            hits, sure = (hits - 1, sure[1:]) if hits else (0, ())
-        offers.append(Offer(method, Tree.chain(len(sure)), None, sure) if sure else None)
+            size, hits, sure = seen.get(place, (0, 0, []))
+        else:
+            size, hits, sure = (size - 1, hits - 1, sure[1:]) if hits else (0, 0, [])
+        offers.append(Offer(method, Tree.chain(size), None, tuple(sure) or None) if size else None)
         found.append(hits)
     return Shown(tuple(offers), tuple(found))
 
@@ -124,9 +125,9 @@ def _kinds(
         expected = (tried * pools[method]).sum(axis=(1, 2))
         luck[method] = (accepted.sum(axis=(1, 2)) + WEIGHT) / (expected + WEIGHT)
         tried, accepted = (np.stack([_filled(one, method, name) for one in explored]) for name in ("tried", "accepted"))
-        if tried[:, 0, 0].sum() >= ENOUGH:
-            # As often as it was accepted there, if each request has its own luck.
-            pools[method] = _pool((tried * luck[method][:, None, None]).sum(axis=0), accepted.sum(axis=0))
+        if tried[:, 0, 0].sum() >= ENOUGH:  # so much better are the places where the policy bet
+            expected = (tried * luck[method][:, None, None]).sum(axis=0) * pools[method]
+            pools[method] = np.minimum(pools[method] * accepted.sum() / expected.sum(), LIKELIEST)
     steps = np.stack([np.round(PER_OCTAVE * np.log2(luck[method])) for method in methods], axis=1)
     different, kind = np.unique(steps, axis=0, return_inverse=True)
     kinds = []

@@ -82,7 +82,7 @@ class Replica:
     ) -> None:
         self.server, self.workload, self.policy, self.counts = server, workload, policy, Counts()
         self._outcomes, self._times, self._rng = outcomes, times, rng
-        self._offering = Offering(offers, server.profile, workload.shown)
+        self._offering = Offering(offers, server, workload.shown)
         self._note, self._reuse = note, reuse
         self._queue: deque[tuple[int, int]] = deque()  # requests, and what they had emitted when they were preempted
         self._table = np.zeros((READ + len(self._offering.readers), server.max_num_seqs), dtype=np.intp)
@@ -146,6 +146,8 @@ class Replica:
     def _looks_ahead(self) -> bool:
         """Whether the next steps hang on nothing but chance: no prompts, no plan that is due, KV for the worst case."""
         held, rows = self._held, self._rows
+        if self._offering.readers and held.guesses:
+            return False  # what they read is paid step by step
         if self._filling or not rows or self._reuse - held.steps < 2 or not self._holds(rows):
             return False
         most = rows * AHEAD * (1 + MOST_DEPTH)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from parlay.policy.cost import Profile
 from parlay.policy.trees import Floats
@@ -21,6 +22,7 @@ class Server:
         max_num_batched_tokens: Known tokens in one step.
         kv_tokens: Tokens of all rows that fit into the KV cache.
         noise: Standard deviation of the logarithm of a step's time.
+        windows: Tokens that a method's drafter reads of a row of which it has missed more than twice as many.
     """
 
     profile: Profile
@@ -28,6 +30,7 @@ class Server:
     max_num_batched_tokens: int = 2048
     kv_tokens: int = 400_000
     noise: float = 0.0
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -31,6 +31,10 @@ def verify(
             rich_help_panel=_reference,
         ),
     ] = None,
+    reference_api_key: Annotated[
+        str | None,
+        typer.Option(help="Bearer token to show to it.", rich_help_panel=_reference, envvar="PARLAY_REFERENCE_API_KEY"),
+    ] = None,
     reference_model: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +65,7 @@ def verify(
             min=0,
             rich_help_panel=_tests,
         ),
-    ] = 0.25,
+    ] = 0.5,
     alpha: Annotated[
         float,
         typer.Option(
@@ -83,4 +87,4 @@ def verify(
         url, model, concurrency, reference_url, reference_model, dtype, dataset, prompts, answers, max_tokens,
         temperature, tie, alpha,
     )  # fmt: skip
-    raise typer.Exit(run(settings, api_key, json_to))
+    raise typer.Exit(run(settings, api_key, reference_api_key, json_to))

@@ -15,6 +15,9 @@ from parlay.bench.client import PATHS, authorisation, connect
 from parlay.verify.martingale import WIDE, Scores
 
 NAMED = "token_id:"
+# Servers have defaults of their own, which the reference does not know.
+PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} | dict.fromkeys(("presence_penalty", "frequency_penalty"), 0.0)
+PLAIN |= {"repetition_penalty": 1.0}
 TIMEOUT = 600  # seconds for one answer
 
 
@@ -79,8 +82,9 @@ class Endpoint:
         return Answer(tuple(_ids(choice)), choice.get("finish_reason") == "stop")
 
     async def scores(self, tokens: Sequence[int]) -> Scores:
-        """The next token's distribution, which no server speculates on: it is the first of its request."""
-        choice = await self._complete(list(tokens), {"max_tokens": 1, "temperature": 1.0, "logprobs": WIDE})
+        """The next token's distribution, by a request for one token, where there is nothing to guess ahead of."""
+        wish = {"max_tokens": 1, "temperature": 1.0, "logprobs": WIDE, "ignore_eos": True}  # as answers are asked for
+        choice = await self._complete(list(tokens), wish)
         found = _first_scores(choice.get("logprobs") or {})
         if not found:
             raise EndpointError(f"{self.url} returns no log-probabilities by token id; give --reference-model")
@@ -91,8 +95,8 @@ class Endpoint:
         """The ids of a text as the server reads it."""
         body = {"model": self._model, "prompt": text, "content": text, "add_special": True}
         try:
-            return tuple((await self._send("POST", "/tokenize", body))["tokens"])
-        except (EndpointError, KeyError):
+            return tuple(map(int, (await self._send("POST", "/tokenize", body))["tokens"]))
+        except (EndpointError, KeyError, TypeError, ValueError):
             choice = await self._complete(text, {"max_tokens": 1})
         if "prompt_token_ids" not in choice:
             raise EndpointError(f"{self.url} does not say how it reads a prompt; give --reference-model")
@@ -100,8 +104,11 @@ class Endpoint:
 
     async def _complete(self, prompt: str | list[int], fields: Mapping[str, Any]) -> dict[str, Any]:
         body = {"model": self._model, "prompt": prompt, "return_token_ids": True, "return_tokens_as_token_ids": True}
-        given = {name: value for name, value in fields.items() if value is not None}
-        return (await self._send("POST", PATHS["completions"], body | given))["choices"][0]
+        answer = await self._send("POST", PATHS["completions"], body | PLAIN | dict(fields))
+        try:
+            return dict(answer["choices"][0])
+        except (LookupError, TypeError, ValueError) as error:
+            raise EndpointError(f"{self.url} answers without choices: {str(answer)[:300]}") from error
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         try:
@@ -122,10 +129,10 @@ def _ids(choice: Mapping[str, Any]) -> list[int]:
     if choice.get("token_ids") is not None:
         return choice["token_ids"]
     scored = choice.get("logprobs") or {}
-    if scored.get("content") and all("id" in entry for entry in scored["content"]):
-        return [entry["id"] for entry in scored["content"]]
-    names = scored.get("tokens") or []
-    if names and all(name.startswith(NAMED) for name in names):
+    entries, names = scored.get("content"), scored.get("tokens")
+    if entries is not None and all("id" in entry for entry in entries):
+        return [entry["id"] for entry in entries]
+    if names is not None and all(name.startswith(NAMED) for name in names):
         return [int(name.removeprefix(NAMED)) for name in names]
     raise EndpointError("the server returns no token ids: neither return_token_ids nor ids beside log-probabilities")
 

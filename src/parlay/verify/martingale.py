@@ -22,7 +22,7 @@ from parlay.policy.trees import Floats, Ints
 WIDE = 20  # tokens by likelihood, beyond which all others count as one
 LAGS = 4  # tokens back whose luck is compared with a token's own
 POWER = 0.9
-LEAST = 4.0  # variance of a sum: rare events are not normally distributed, and their sums are held against this
+LINES = 8 + LAGS  # statistics that there can be
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +77,33 @@ class Term:
     name: str
     difference: float
     variance: float
+    most: float  # of the difference
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Of all terms of one name."""
+
+    count: int = 0
+    difference: float = 0.0
+    variance: float = 0.0
+    most: float = 0.0
+
+    def add(self, term: Term) -> None:
+        self.count += 1
+        self.difference += term.difference
+        self.variance += term.variance
+        self.most = max(self.most, term.most)
+
+    def limit(self, alpha: float) -> float:
+        """What the sum's absolute value passes with a probability of at most alpha.
+
+        Freedman's inequality for martingales (1975): 2 exp(-s^2 / (2 (V + b s / 3))), solved for s. Unlike a normal
+        distribution's quantile it holds for rare events, too.
+        """
+        bits = math.log(2 / alpha)
+        third = self.most * bits / 3
+        return third + math.sqrt(third**2 + 2 * self.variance * bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +114,7 @@ class Statistic:
         name: What was counted.
         count: Tokens that it is over.
         shift: By how much it is off per token: a probability, or for `luck` a correlation.
-        z: The sum in standard deviations; normally distributed for a lossless server.
+        z: The sum in standard deviations.
         limit: |z| from which on the server fails.
         detectable: The shift that is found 9 times out of 10.
     """
@@ -108,11 +135,11 @@ def statistics(samples: Sequence[Sample], alpha: float, seed: int = 0) -> tuple[
     """All statistics of these samples, in the order in which they were drawn.
 
     Args:
-        samples: Their first tokens are left out, as no server speculates on them.
-        alpha: How often a lossless server fails any of the statistics; shared equally between them.
+        samples: Answers.
+        alpha: How often a lossless server fails any of the statistics, at most; shared equally between them.
         seed: Of where tokens lie within their probabilities.
     """
-    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    sums: defaultdict[str, _Sum] = defaultdict(_Sum)
     rng = np.random.default_rng(seed)
     earlier: dict[int, tuple[tuple[int, ...], Floats]] = {}  # by prompt: the answer before, and its luck
     for sample in samples:
@@ -120,26 +147,28 @@ def statistics(samples: Sequence[Sample], alpha: float, seed: int = 0) -> tuple[
         pairs = zip(sample.scores, sample.tokens, chances, strict=True)
         luck = np.array([scores.quantile(token, chance) - 0.5 for scores, token, chance in pairs])
         for term in _terms(sample, luck, *earlier.get(sample.prompt, ((), np.zeros(0)))):
-            into = sums[term.name]
-            into[0], into[1], into[2] = into[0] + 1, into[1] + term.difference, into[2] + term.variance
+            sums[term.name].add(term)
         earlier[sample.prompt] = sample.tokens, luck
-    limit = NormalDist().inv_cdf(1 - alpha / (2 * max(len(sums), 1)))
-    reach = limit + NormalDist().inv_cdf(POWER)
     found = []
-    for name, (count, total, variance) in sums.items():
-        deviation = math.sqrt(max(variance, LEAST))
-        found.append(Statistic(name, int(count), total / count, total / deviation, limit, reach * deviation / count))
+    for name, some in sums.items():
+        deviation, limit = math.sqrt(max(some.variance, 1e-12)), some.limit(alpha / LINES)
+        reach = limit + NormalDist().inv_cdf(POWER) * deviation
+        z = some.difference / deviation
+        found.append(
+            Statistic(name, some.count, some.difference / some.count, z, limit / deviation, reach / some.count)
+        )
     return tuple(found)
 
 
 def _terms(sample: Sample, luck: Floats, before: Sequence[int], luck_before: Floats) -> Iterator[Term]:
-    """What each token but the first adds. luck: [tokens] quantile - 0.5; before: the answer before to this prompt."""
-    for place in range(1, len(sample.tokens)):
-        scores, token = sample.scores[place], sample.tokens[place]
-        best, was_best = int(scores.ids[0]), sample.tokens[place - 1] == sample.scores[place - 1].ids[0]
+    """What each token adds. luck: [tokens] quantile - 0.5; before: the answer before to this prompt."""
+    for place, (scores, token) in enumerate(zip(sample.scores, sample.tokens, strict=True)):
+        best = int(scores.ids[0])
         yield _indicator("the likeliest token", token == best, float(scores.chances[0]))
-        name = "likeliest, after a likeliest" if was_best else "likeliest, after another"
-        yield _indicator(name, token == best, float(scores.chances[0]))
+        if place:
+            was_best = sample.tokens[place - 1] == sample.scores[place - 1].ids[0]
+            name = "likeliest, after a likeliest" if was_best else "likeliest, after another"
+            yield _indicator(name, token == best, float(scores.chances[0]))
         yield _indicator("the next three", token in scores.ids[1:4], float(scores.chances[1:4].sum()))
         rest = 1.0 - float(scores.chances[:WIDE].sum())
         yield _indicator("none of the likeliest", token not in scores.ids[:WIDE], rest)
@@ -155,9 +184,9 @@ def _terms(sample: Sample, luck: Floats, before: Sequence[int], luck_before: Flo
 
 def _indicator(name: str, happened: bool, chance: float) -> Term:
     chance = min(max(chance, 0.0), 1.0)
-    return Term(name, happened - chance, chance * (1 - chance))
+    return Term(name, happened - chance, chance * (1 - chance), 1.0)
 
 
 def _product(name: str, luck: float, earlier: float) -> Term:
     """Their correlation: the earlier one is known, and luck is uniform from -1/2 to 1/2, with a variance of 1/12."""
-    return Term(name, 12 * luck * earlier, 12 * earlier**2)
+    return Term(name, 12 * luck * earlier, 12 * earlier**2, 3.0)

@@ -21,7 +21,7 @@ class Reference(Protocol):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Token ids that end an answer; none where answers must not end."""
+        """Token ids that end an answer, of which the first stands for all; none where answers must not end."""
         ...
 
     async def encode(self, text: str) -> tuple[int, ...]:
@@ -52,9 +52,9 @@ class ModelReference:
             raise ValueError(f"dtype {dtype!r}: write auto, float32, bfloat16 or float16")
         self._model, self._tokenizer = load(resolve(model), wanted, device)
         self._one_at_a_time = asyncio.Lock()
-        settings = self._model.generation_config
-        ends = None if settings is None else settings.eos_token_id
-        self.ends = tuple([ends] if isinstance(ends, int) else ends or [])
+        listed: Any = getattr(self._model.generation_config, "eos_token_id", None)
+        ends = [*(listed if isinstance(listed, list) else [listed]), self._tokenizer.eos_token_id]
+        self.ends = tuple(sorted({int(end) for end in ends if isinstance(end, int)}))
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """See `Reference`; as a chat where the model has a template for that."""
@@ -73,12 +73,16 @@ class ModelReference:
     def _score(self, prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> list[Scores]:
         ids = torch.tensor([[*prompt, *tokens]], device=self._model.device)
         logits = self._model(ids, logits_to_keep=len(tokens) + 1).logits[0].double()  # [tokens + 1, vocabulary]
-        chances, order = (logits / (temperature or 1.0)).softmax(-1).topk(min(KEPT, logits.shape[-1]))
+        whole = (logits / (temperature or 1.0)).softmax(-1)
+        if self.ends:  # which of them ended an answer is not always returned, so they count as one
+            whole[:, self.ends[0]] = whole[:, list(self.ends)].sum(-1)
+            whole[:, list(self.ends[1:])] = 0.0
+        chances, order = whole.topk(min(KEPT, logits.shape[-1]))
         return [Scores(*some) for some in zip(order.cpu().numpy(), chances.cpu().numpy(), strict=True)]
 
 
 class EndpointReference:
-    """A server that is asked for one token behind every prefix: the first token of a request is never speculated.
+    """A server that is asked for one token behind every prefix: in such a request there is nothing to guess ahead of.
 
     Args:
         endpoint: May be the server under test itself.
