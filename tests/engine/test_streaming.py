@@ -17,7 +17,8 @@ from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
 from parlay.engine import layer_files
 from parlay.engine.engine import Engine
-from parlay.engine.layer_files import write_layer
+from parlay.engine.layer_files import state_of, write_layer
+from parlay.engine.memory import Shelf
 from parlay.engine.streaming import Placement, StreamedLayers, aligned, size_of, stream
 from parlay.types import Request, SamplingParams
 from tests.architectures import make_model
@@ -107,8 +108,24 @@ def test_any_order_of_layers_finds_the_right_weights(kept: int, tmp_path: Path) 
 
 def test_everything_stays_where_it_fits(tmp_path: Path) -> None:
     layers = odd_layers(3)
+    expected = [layer.a.detach().clone() for layer in layers]
     assert stream(layers, "disk", 3 * size_of(layers[0]), tmp_path, CPU) is None
-    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(layer.a, values) for layer, values in zip(layers, expected, strict=True))
+
+
+def test_memory_is_what_the_budget_allows(tmp_path: Path) -> None:
+    """Of layers that stream nothing is left but the two slots, though their tensors were parts of a larger one."""
+    layers, shelf = odd_layers(8), Shelf()
+    for layer in layers:
+        kept = shelf.keep(layer.a.detach())
+        assert kept._base is None  # or it would hold the whole shelf, whatever becomes of its values
+        layer.a.data = kept
+    streamed = stream(layers, "disk", 4 * size_of(layers[0]), tmp_path, CPU)
+    assert streamed is not None
+    assert streamed.count == 6
+    storages = {tensor.untyped_storage().data_ptr() for layer in layers for tensor in state_of(layer).values()}
+    assert len(storages) == 2 + 2
+    streamed.close()
 
 
 def answers(engine: Engine) -> list[list[int]]:
@@ -152,7 +169,7 @@ def test_a_disk_that_fails_ends_the_step_with_an_error(tmp_path: Path, monkeypat
     streamed = engine.model.streamed
     assert streamed is not None
 
-    def broken(number: int, into: torch.Tensor) -> None:
+    def broken(number: int, into: torch.Tensor, mark: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     working = streamed._source.fetch

@@ -27,8 +27,7 @@ from parlay.types import Row
 
 WIDTH = 6  # nodes that a level of a growing tree expands at most,
 SHARE = 8  # or one in so many of its guesses, if that is more
-BRANCH = 4  # children of each; twice as many where trees have more than `WIDE` guesses
-WIDE = 48
+BRANCH = 8  # children of each
 CANDIDATES = 64  # most likely tokens among which noise picks children
 
 
@@ -75,8 +74,7 @@ class Growth:
 
     def branches(self, node: int) -> int:
         """How many children a node gets."""
-        most = BRANCH if len(self.planned) <= WIDE else 2 * BRANCH
-        return min(most, len(self.planned)) if self.is_free else len(self.places.get(node, ()))
+        return min(BRANCH, len(self.planned)) if self.is_free else len(self.places.get(node, ()))
 
     def add(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
         """Puts children behind a node, in draw order."""

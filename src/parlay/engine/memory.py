@@ -37,9 +37,13 @@ class Shelf:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same values on the shelf; tensor: any shape, on the CPU."""
+        """The same values on the shelf, which is given back when nothing on it is used any more.
+
+        Args:
+            tensor: Any shape, on the CPU.
+        """
         size = -(-tensor.nbytes // CACHE_LINE) * CACHE_LINE
         if size > len(self._free):
             self._free = zeros((max(size, SHELF_BYTES),), torch.uint8)
         place, self._free = self._free[: tensor.nbytes], self._free[size:]
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor).data  # autograd's views hold what they are of

@@ -217,8 +217,14 @@ class TargetModel:
     ) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
         self.vocab_size, self.eos = int(loaded.config.vocab_size), loaded.eos
-        if self.device.type == "cpu":
+        packs = self.device.type == "cpu"
+        self.streamed = None
+        if offload is not None:
+            prepare = pack_products if packs else (lambda layer: None)
+            self.streamed = stream(loaded.layers, offload, memory_budget, _folder(loaded), loaded.device, prepare)
+        if packs:
             pack_products(loaded.model)
+            native.give_back_memory()
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
         self.attention = PathAttention if self.by_paths else GatheredAttention
         self.products = ParallelProducts(loaded.model) if strict else None
@@ -226,9 +232,6 @@ class TargetModel:
         self._about = loaded.config.to_json_string(use_diff=False)
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
-        self.streamed = None
-        if offload is not None:
-            self.streamed = stream(loaded.layers, offload, memory_budget, _folder(loaded), loaded.device)
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
         if self.streamed is not None:
             self.segments.before_each(self.streamed.bring)
@@ -345,11 +348,11 @@ class TargetModel:
 
 
 def move_all_but_layers(loaded: LoadedModel) -> None:
-    """Brings what surrounds layers that stream to the device."""
+    """Brings what surrounds layers that stream to the device, into memory of its own: nothing holds the checkpoint."""
     inside = {module for layer in loaded.layers for module in layer.modules()}
     for module in set(loaded.model.modules()) - inside:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = tensor.to(loaded.device)
+            tensor.data = tensor.to(loaded.device, copy=True)
 
 
 def _folder(loaded: LoadedModel) -> Path:

@@ -1,8 +1,9 @@
 """Weights that do not fit: layers stream through two slots of memory while the ones before them compute.
 
-As many layers as the budget allows stay where they are; the others take turns in two slots. A thread brings the next
-one while the present one computes, also across steps and while drafters guess. Every layer always has the same slot, so
-its parameters are views of that slot for good, and neither the model nor compiled programs notice that they stream.
+As many layers as the budget allows stay where they are; the others take turns in two slots. A thread brings
+them, one after the other, while those before compute, also across steps and while drafters guess. Every layer always
+has the same slot, so its parameters are views of that slot for good, and neither the model nor compiled programs notice
+that they stream.
 After Sequoia's offloading (Chen et al. 2024, arXiv 2402.12374, Section 4 and `staylayer` of its prototype).
 """
 
@@ -10,17 +11,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from parlay.config import Offload
+from parlay.engine import native
 from parlay.engine.layer_files import PAGE, LayerFile, Layout, state_of, write_layer
+from parlay.engine.memory import zeros
+
+HUGE_PAGE = 2 << 20  # bytes
 
 
 class Source(Protocol):
@@ -98,33 +106,40 @@ class StreamedLayers:
         source: Source,
         slots: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
+        self._streamed = placement.streamed
         self._number = {index: number for number, index in enumerate(placement.streamed)}
         self._layouts, self._source, self._slots = layouts, source, slots
         self._held: list[int | None] = [None, None]  # the streamed layer in each slot
-        self._coming: tuple[int, Future[None]] | None = None
+        self._coming: list[tuple[int, Future[None]] | None] = [None, None]  # on its way into each
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="parlay-layers")
         self.bytes_read, self.seconds_waited = 0, 0.0
         for index, number in self._number.items():
             layouts[number].lay(layers[index], slots[number % 2])
 
     def bring(self, index: int) -> None:
-        """Waits for a layer, and has the next one come; called when all layers before it are done.
+        """Waits for a layer; called when the work of all layers before it has been handed out.
+
+        The slot of the last of those is free by then, so what comes into it next is sent for first: the thread goes
+        from one read to the other.
 
         Raises:
             OSError: when it cannot be read; the next call tries again.
         """
+        passed = bisect_left(self._streamed, index) - 1
+        if passed >= 0 and self._held[passed % 2] == passed:
+            self._send_for(self._next_in_slot(passed))
         number = self._number.get(index)
         if number is None:
             return
         began = time.perf_counter()
-        self._arrive()
-        if self._held[number % 2] != number:
+        slot = number % 2
+        self._arrive(slot)
+        if self._held[slot] != number:
             self._send_for(number)
-            self._arrive()
+            self._arrive(slot)
+        if self._held[1 - slot] is None and self._coming[1 - slot] is None:
+            self._send_for(self._next_in_slot(number - 1))
         self.seconds_waited += time.perf_counter() - began
-        following = (number + 1) % len(self._number)
-        if following % 2 != number % 2 and self._held[following % 2] != following:
-            self._send_for(following)
 
     @property
     def count(self) -> int:
@@ -142,9 +157,10 @@ class StreamedLayers:
         for _ in range(times):
             began = time.perf_counter()
             for number in range(self.count):
-                self._arrive()
+                self._arrive(number % 2)
                 self._send_for(number)
-            self._arrive()
+            self._arrive(0)
+            self._arrive(1)
             found.append(time.perf_counter() - began)
         return statistics.median(found)
 
@@ -152,32 +168,50 @@ class StreamedLayers:
         """Ends the thread."""
         self._reader.shutdown(cancel_futures=True)
 
-    def _send_for(self, number: int) -> None:
-        self._held[number % 2] = None
-        size = self._layouts[number].bytes
-        future = self._reader.submit(self._source.fetch, number, self._slots[number % 2][:size], self._source.mark())
-        self._coming = number, future
+    def _next_in_slot(self, number: int) -> int:
+        """The next streamed layer after this one that has the same slot."""
+        following = (n % self.count for n in range(number + 1, number + 1 + self.count))
+        return next(n for n in following if n % 2 == number % 2)
 
-    def _arrive(self) -> None:
-        """Waits for what is on its way."""
-        if self._coming is not None:
-            (number, future), self._coming = self._coming, None
-            future.result()
-            self._held[number % 2] = number
+    def _send_for(self, number: int) -> None:
+        slot, size = number % 2, self._layouts[number].bytes
+        self._held[slot] = None
+        future = self._reader.submit(self._source.fetch, number, self._slots[slot][:size], self._source.mark())
+        self._coming[slot] = number, future
+
+    def _arrive(self, slot: int) -> None:
+        """Waits for what is on its way into a slot."""
+        coming, self._coming[slot] = self._coming[slot], None
+        if coming is not None:
+            number, future = coming
+            try:
+                future.result()
+            except OSError:
+                other, self._coming[1 - slot] = self._coming[1 - slot], None
+                if other is not None:
+                    other[1].exception()  # until it is over; whatever came of it, it is sent for again
+                raise
+            self._held[slot] = number
             self.bytes_read += self._layouts[number].bytes
 
 
 def stream(
-    layers: Sequence[nn.Module], offload: Offload, budget: int, folder: Path, device: torch.device
+    layers: Sequence[nn.Module],
+    offload: Offload,
+    budget: int,
+    folder: Path,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] = lambda layer: None,
 ) -> StreamedLayers | None:
     """Leaves the layers that fit on the device, and streams the others; None where all of them fit.
 
     Args:
-        layers: On the CPU, packed where that is where they run.
+        layers: On the CPU.
         offload: Where the others are: `disk`, or `cpu` for a CUDA device, in pinned memory.
         budget: Bytes on the device for all of them.
         folder: For one file a layer.
         device: Where they run.
+        prepare: Brings a layer into the form in which it is multiplied.
 
     Raises:
         ValueError: for a budget that is too small, or layers that would stream from the CPU to itself.
@@ -185,25 +219,46 @@ def stream(
     """
     if offload == "cpu" and device.type == "cpu":
         raise ValueError("offload cpu: the model runs on the CPU, whose memory it would leave for itself; choose disk")
-    placement = Placement.of([size_of(layer) for layer in layers], budget)
+    prepare(layers[0])
+    Placement.of([size_of(layers[0])] * len(layers), budget)  # says so before anything is written
+    files = _written(layers, folder, prepare) if offload == "disk" else []
+    layouts = [file.layout for file in files] or [Layout.of(layer) for layer in layers]
+    placement = Placement.of([layout.bytes for layout in layouts], budget)
     for index in sorted({*range(len(layers))} - {*placement.streamed}):
-        layers[index].to(device)
+        if files:
+            memory = aligned(layouts[index].bytes)
+            files[index].read(memory)
+            layouts[index].lay(layers[index], memory.to(device))
+        else:
+            layers[index].to(device)
     if not placement.streamed:
         return None
-    chosen = [layers[index] for index in placement.streamed]
-    layouts, files = [Layout.of(layer) for layer in chosen], list[LayerFile]()
-    if offload == "disk":
-        names = (f"layer-{index:05}.safetensors" for index in placement.streamed)
-        files = [write_layer(folder / name, layer) for name, layer in zip(names, chosen, strict=True)]
+    layouts = [layouts[index] for index in placement.streamed]
+    streamed_files = [files[index] for index in placement.streamed] if files else []
     size = max(layout.bytes for layout in layouts)
     if device.type == "cpu":
-        return StreamedLayers(layers, placement, layouts, _Disk(files), (aligned(size), aligned(size)))
-    hosts = [aligned(size, pinned=True)] if files else [copied(layer, pinned=True) for layer in chosen]
+        return StreamedLayers(layers, placement, layouts, Disk(streamed_files), (aligned(size), aligned(size)))
+    pinned = [copied(layers[index], pinned=True) for index in placement.streamed if not files]
+    source = _Device(pinned or [aligned(size, pinned=True)], streamed_files, device)
     slots = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
-    return StreamedLayers(layers, placement, layouts, _Device(hosts, files, device), slots)
+    return StreamedLayers(layers, placement, layouts, source, slots)
 
 
-class _Disk:
+def _written(layers: Sequence[nn.Module], folder: Path, prepare: Callable[[nn.Module], None]) -> list[LayerFile]:
+    """All layers as files; their own memory is given back one by one, so that they are never in it together."""
+    files = []
+    console = Console(stderr=True)
+    for index, layer in enumerate(track(layers, "layers to disk", console=console, transient=True)):
+        if index:
+            prepare(layer)
+        files.append(write_layer(folder / f"layer-{index:05}.safetensors", layer))
+        for tensor in state_of(layer).values():
+            tensor.data = tensor.new_empty(0)
+        native.give_back_memory()
+    return files
+
+
+class Disk:
     """Reads files past the page cache, into the CPU's memory."""
 
     def __init__(self, files: Sequence[LayerFile]) -> None:
@@ -256,7 +311,13 @@ def copied(layer: nn.Module, pinned: bool = False) -> torch.Tensor:
 
 
 def aligned(size: int, pinned: bool = False) -> torch.Tensor:
-    """[size] bytes that begin at a page, as direct reads want them."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
-    start = -memory.data_ptr() % PAGE
+    """[size] bytes that begin at a page, as direct reads want them; where they are not pinned, at a huge one.
+
+    Direct reads into huge pages took 53 ms where others took 75: every page is looked up and held while it is read to.
+    """
+    page = PAGE if pinned else HUGE_PAGE
+    memory = (
+        torch.empty(size + page, dtype=torch.uint8, pin_memory=True) if pinned else zeros((size + page,), torch.uint8)
+    )
+    start = -memory.data_ptr() % page
     return memory[start : start + size]

@@ -151,14 +151,12 @@ class OneTree(Candidates):
         group: [trees] of each row.
         limit: [trees] how deep each may go.
         depth: [nodes] from 1.
-        within: [nodes, levels + 1] 1 where a node is no deeper than the level.
     """
 
     table: Floats
     group: Ints
     limit: Ints
     depth: Ints
-    within: Floats
 
     @property
     def most(self) -> int:
@@ -167,7 +165,11 @@ class OneTree(Candidates):
     def worth(self, num_rows: int, price: float, slope: float) -> Floats:
         gain = np.maximum(self.table - price * (slope + self.cost.per_guess), 0.0)
         level = np.minimum(np.arange(self.levels + 1)[:, None], self.limit)
-        worth = (gain @ self.within)[self.group, level]
+        order = self.depth.argsort(kind="stable")
+        sums = np.zeros((len(gain), len(order) + 1))
+        gain[:, order].cumsum(axis=1, out=sums[:, 1:])
+        ends = np.searchsorted(self.depth[order], np.arange(self.levels + 1), side="right")
+        worth = sums[:, ends][self.group, level]
         return self._by_row(worth - price * self.own, num_rows)
 
     def chosen(self, trees: Bools, level: int, least: float = 0.0) -> Guesses:

@@ -16,7 +16,7 @@ from parlay.bets import Bet
 from parlay.policy.acceptance import CERTAIN
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import DraftCost
-from parlay.policy.offers import UNLIKELY, Drafter, Made
+from parlay.policy.offers import Drafter, Made, least_survival
 from parlay.policy.trees import Floats, subtree
 from parlay.types import Offer
 
@@ -164,8 +164,8 @@ def courses(offer: Offer, single: Sequence[float], limit: int, by_depth: bool) -
 
 
 def _ordered(offer: Offer, values: Sequence[float], limit: int, by_depth: bool) -> tuple[Course, ...]:
-    depths = offer.tree.depths
-    order = [node for node, value in enumerate(values) if value >= UNLIKELY and depths[node] <= limit]
+    depths, least = offer.tree.depths, least_survival(len(offer.tree))
+    order = [node for node, value in enumerate(values) if value >= least and depths[node] <= limit]
     order.sort(key=lambda node: -values[node])  # stable, and no node is worth more than its parent
     deepest = max((depths[node] for node in order), default=0)
     first = 1 if by_depth and not offer.tree.is_chain else deepest
@@ -188,5 +188,5 @@ def _bet(drafter: Drafter, choice: _Choice) -> Made:
     known = drafter.parts(offer.tree)
     bet = known.get(nodes)
     if bet is None:
-        bet = known[nodes] = Bet(choice.method, subtree(offer.tree, nodes))
+        bet = known[nodes] = Bet(choice.method, subtree(offer.tree, nodes), free=True)
     return Made(offer, bet, nodes)

@@ -99,6 +99,12 @@ def _keep_memory() -> None:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its upper limit
 
 
+def give_back_memory() -> None:
+    """Has glibc return what it kept, as after loading a model."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _register_shapes() -> None:
     """Tells PyTorch's compiler the shapes of what the operators return."""
 
