@@ -2,7 +2,7 @@
 
 One request at a time; every program has the same budget for layers and answers the same prompts, taking turns prompt by
 prompt. Counted are the steps after a prompt's own. Parlay reads past the page cache; what Accelerate has read is
-dropped from the cache after every token, so that it reads from the disk as well.
+dropped from the cache after every token, so that it reads from the disk as well. What passes cost is measured anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
@@ -24,6 +25,7 @@ from parlay.bench import environment, report
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import encode, load_prompts
 from parlay.bets import parse_bet
+from parlay.engine import profiles, streaming
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.streaming import Placement, size_of
@@ -40,6 +42,7 @@ class Part:
 
     tokens: int
     steps: int
+    guesses: int  # all of the answer's
     seconds: float
     bytes_read: int
     waited: float  # seconds that computing stood still for reading
@@ -55,6 +58,7 @@ class Line:
         tokens_per_second: After the first tokens.
         over_off: Seconds per token of streaming without guesses over this one's.
         tokens_per_step: Emitted by a step.
+        guesses_per_step: Verified in one.
         step: Mean seconds of one.
         bytes_per_token: Read for each.
         overlap: The longer of reading alone and computing, over what a step takes.
@@ -66,6 +70,7 @@ class Line:
     tokens_per_second: float
     over_off: Estimate
     tokens_per_step: float
+    guesses_per_step: float
     step: float
     bytes_per_token: float
     overlap: float | None
@@ -77,6 +82,7 @@ class Offloaded(Conditions):
     """All results of this benchmark."""
 
     memory_budget: int
+    read_rate: int | None  # bytes a second that reading was held to
     layers: int
     streamed: int
     bytes_per_step: int
@@ -89,12 +95,7 @@ def main() -> None:
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
     bets = [OFF, *options.bets]
-    engines = {
-        bet: new_engine(
-            options, parse_bet(bet), compile="wait", offload="disk", memory_budget=options.memory_budget, max_num_seqs=4
-        )
-        for bet in bets
-    }
+    engines = made_anew(options, bets)
     tokens = encode(prompts, engines[OFF].tokenizer)
     streamed = engines[OFF].model.streamed
     if streamed is None:
@@ -124,6 +125,7 @@ def main() -> None:
     result = Offloaded(
         **conditions(options, prompts),
         memory_budget=options.memory_budget,
+        read_rate=options.read_rate,
         layers=len(engines[OFF].model.segments.layers),
         streamed=streamed.count,
         bytes_per_step=streamed.bytes_per_pass,
@@ -140,9 +142,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bets", nargs="+", default=usual, help="(default: %(default)s)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=(0.0, 0.6), help="(default: %(default)s)")
     parser.add_argument("--memory-budget", type=parse_bytes, default=96 << 20, help="for layers (default: 96MiB)")
+    parser.add_argument("--read-rate", type=parse_bytes, help="as if the disk read no more bytes a second than these")
     parser.add_argument("--no-accelerate", dest="accelerate", action="store_false", help="leave Accelerate out")
     add_drafters(parser)
     return parser.parse_args()
+
+
+def made_anew(options: argparse.Namespace, bets: Sequence[str]) -> dict[str, Engine]:
+    """An engine for each bet, which read at no more than the given rate and know nothing of earlier measurements."""
+
+    class Disk(streaming.Disk):
+        def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
+            began = time.perf_counter()
+            super().fetch(number, into, mark)
+            if options.read_rate:
+                time.sleep(max(0.0, len(into) / options.read_rate - (time.perf_counter() - began)))
+
+    settings: dict[str, Any] = {"offload": "disk", "memory_budget": options.memory_budget, "max_num_seqs": 4}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(streaming, "Disk", Disk),
+        patch.object(profiles, "stored", lambda engine: Path(folder) / "profile.json"),
+    ):
+        return {bet: new_engine(options, parse_bet(bet), compile="wait", **settings) for bet in bets}
 
 
 def ours(engine: Engine, prompt: Tokens, temperature: float, max_tokens: int) -> tuple[Part, Tokens]:
@@ -152,11 +174,12 @@ def ours(engine: Engine, prompt: Tokens, temperature: float, max_tokens: int) ->
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     engine.add(Request("measured", prompt, params))
     found: list[int] = []
-    began = first = steps = 0
+    began = first = steps = guesses = 0
     read, waited = 0, 0.0
     while engine.has_work:
         for delta in engine.step():
             found += delta.tokens
+            guesses += delta.stats.drafted
         if found and not first:
             first, began = len(found), time.perf_counter()
             read, waited = streamed.bytes_read, streamed.seconds_waited
@@ -164,8 +187,8 @@ def ours(engine: Engine, prompt: Tokens, temperature: float, max_tokens: int) ->
             steps += 1
     seconds = time.perf_counter() - began
     engine.forget_answers()
-    part = Part(len(found) - first, steps, seconds, streamed.bytes_read - read, streamed.seconds_waited - waited)
-    return part, tuple(found)
+    read, waited = streamed.bytes_read - read, streamed.seconds_waited - waited
+    return Part(len(found) - first, steps, guesses, seconds, read, waited), tuple(found)
 
 
 class Accelerated:
@@ -206,7 +229,7 @@ class Accelerated:
             stopping_criteria=[watch], **chance,
         )[0, len(prompt) :].tolist()  # fmt: skip
         count = len(out) - 1
-        return Part(count, count, times[-1] - times[0], count * self._layer_bytes, 0.0), tuple(out)
+        return Part(count, count, 0, times[-1] - times[0], count * self._layer_bytes, 0.0), tuple(out)
 
 
 class Dropping(StoppingCriteria):
@@ -239,6 +262,7 @@ def line(
         tokens_per_second=tokens / seconds,
         over_off=Estimate.ratio([part.seconds / part.tokens for part in off], per_token),
         tokens_per_step=tokens / steps,
+        guesses_per_step=sum(part.guesses for part in own) / steps,
         step=step,
         bytes_per_token=sum(part.bytes_read for part in own) / tokens,
         overlap=None if name == ACCELERATE else max(read_alone, step - waited / steps) / step,
@@ -249,7 +273,10 @@ def line(
 def show(result: Offloaded) -> None:
     """Prints a table for every temperature."""
     out = report.console()
-    columns = ("program", "tokens/s", "over off", "tokens/step", "step, ms", "MB read/token", "overlap", "equal to off")
+    columns = (
+        "program", "tokens/s", "over off", "tokens/step", "guesses/step", "step, ms", "MB read/token", "overlap",
+        "equal to off",
+    )  # fmt: skip
     for heat in dict.fromkeys(line.temperature for line in result.lines):
         rows = [
             (
@@ -257,6 +284,7 @@ def show(result: Offloaded) -> None:
                 f"{line.tokens_per_second:.1f}",
                 f"{line.over_off:.2f}",
                 f"{line.tokens_per_step:.2f}",
+                f"{line.guesses_per_step:.0f}",
                 f"{1000 * line.step:.0f}",
                 f"{line.bytes_per_token / 1e6:.0f}",
                 "" if line.overlap is None else f"{line.overlap:.0%}",
@@ -266,6 +294,7 @@ def show(result: Offloaded) -> None:
             if line.temperature == heat
         ]
         budget, read = f"{result.memory_budget / 2**20:.0f} MiB", f"{result.bytes_per_step / 1e6:.0f} MB a step"
+        read += f" at {result.read_rate / 1e6:.0f} MB/s" if result.read_rate else ""
         streamed = (
             f"{result.streamed} of {result.layers} layers stream, {read}, alone in {1000 * result.read_alone:.0f} ms"
         )

@@ -12,9 +12,10 @@ import pytest
 
 from parlay.config import EngineConfig
 from parlay.engine import profiles
-from parlay.engine.calibration import Limits, Shape, calibrate, shapes
+from parlay.engine.calibration import calibrate, shapes
 from parlay.engine.engine import Engine
 from parlay.engine.profiles import GUESS, LEVEL, profile_for, stored
+from parlay.engine.stopwatch import Limits, Shape
 from parlay.types import Request, SamplingParams
 from tests.architectures import make_model
 from tests.drafting import engine_with
@@ -62,13 +63,16 @@ def test_an_engine_is_measured_and_is_as_new(folder: Path, method: str) -> None:
 
 def test_shapes_stay_within_an_engine() -> None:
     limits = Limits(rows=4, new=40, context=300, pages=60, page_size=16)
-    some = shapes(limits)
+    some = shapes(limits, streams=False)
     assert Shape(4, 32, 9) in some
     assert max(shape.rows for shape in some) == 4
     assert max(shape.rows * shape.new for shape in some) <= 40
     assert {shape.context for shape in some} == {32, 256}
     assert all(shape.rows * -(-(shape.context + 9) // 16) <= 60 for shape in some)
-    assert shapes(Limits(1, 1, 64, 4, 16)) == [Shape(1, 32, 1)]
+    assert shapes(Limits(1, 1, 64, 4, 16), streams=False) == [Shape(1, 32, 1)]
+    wide = Limits(rows=4, new=1024, context=2000, pages=500, page_size=16)
+    assert Shape(1, 32, 513) in shapes(wide, streams=True), "where layers stream, trees may be large"
+    assert Shape(1, 32, 513) not in shapes(wide, streams=False)
 
 
 def test_it_is_kept_and_measured_again_where_it_does_not_fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_output_is_that_of_resident_layers(
 ) -> None:
     monkeypatch.setenv("PARLAY_CACHE", str(tmp_path / "cache"))
     folder = make_model(tmp_path / "model", architecture, torch.float32, layers=5)
-    settings = {"dtype": "float32", "device": "cpu", "compile": "off"}
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "compile": "off"}
     whole = Engine(EngineConfig(str(folder), speculation=bet, **settings))
     sizes = [size_of(layer) for layer in whole.model.segments.layers]
     budget = 3 * max(sizes)

@@ -11,7 +11,6 @@ import platform
 import random
 import statistics
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from parlay.bets import NO_TREE, Bet, Tree, likely_tree
-from parlay.drafters.base import Drafter
-from parlay.engine.batch import Draft
+from parlay.engine.calibration_drafts import time_drafter, time_reading
+from parlay.engine.stopwatch import NEW, WIDE, Limits, Shape, Stopwatch
 from parlay.policy.base import PolicyRow
 from parlay.policy.cost import (
     DraftCost,
@@ -33,9 +31,9 @@ from parlay.policy.cost import (
     nonnegative_least_squares,
     relative_errors,
 )
-from parlay.policy.fixed import Fixed, Off
-from parlay.policy.trees import Floats, Ints, overlap, subtree
-from parlay.types import Offer, Request, Row, SamplingParams, StepPlan, StepResult
+from parlay.policy.fixed import Off
+from parlay.policy.trees import Floats, Ints
+from parlay.types import Request, SamplingParams, StepResult
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine
@@ -43,65 +41,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-NEW = (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)  # tokens of a row in a pass: its last known one, and guesses
-WIDE = (65, 97, 129, 193, 257, 385, 513, 769)  # the same where layers stream, and more guesses cost little
 CONTEXTS = (32, 256, 1024)
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-MOST_CONTEXT = 8192  # tokens in KV of all rows: more would take memory that nobody may ever need
 PASSES = {"quick": 5, "full": 20}  # of every shape are enough
 DRAFTS = {"quick": 3, "full": 9}  # times that every draft is made
 HELD_OUT = 5  # of so many shapes one is only predicted
-TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
-WIDE_TREES = (likely_tree(16, 6), likely_tree(64, 8), likely_tree(256, 12))
 MOST_SECONDS = {"quick": 15.0, "full": 60.0}
 HOST_PROMPT, HOST_STEPS = 8, 12
 SHORTEST = 48  # context that can be measured
-READ = 192  # tokens of a prompt that drafters read late
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A step: so many rows with so many tokens in KV each, and so many new ones each."""
-
-    rows: int
-    context: int
-    new: int
-
-    @property
-    def span(self) -> int:
-        """Positions of a row, those of guesses included."""
-        return self.context + 1 + max(self.new - 1, len(TREES[-1]))
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What steps of an engine can be.
-
-    Attributes:
-        rows: At a time.
-        new: Tokens in one step.
-        context: Positions of a row.
-        pages: Of the pool, without the null page.
-        page_size: Positions of a page.
-    """
-
-    rows: int
-    new: int
-    context: int
-    pages: int
-    page_size: int
-
-    def allows(self, shape: Shape) -> bool:
-        """Whether such a step can be."""
-        span = shape.span
-        held = shape.rows * -(-span // self.page_size)
-        return (
-            shape.rows <= self.rows
-            and shape.rows * shape.new <= self.new
-            and span <= self.context
-            and held <= self.pages
-            and shape.rows * shape.context <= MOST_CONTEXT
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,62 +83,6 @@ def shapes(limits: Limits, streams: bool) -> list[Shape]:
     return [shape for shape in found if limits.allows(shape)]
 
 
-class Stopwatch:
-    """Steps over made-up rows, timed.
-
-    Args:
-        engine: Idle.
-        limits: What its steps can be.
-    """
-
-    def __init__(self, engine: Engine, limits: Limits) -> None:
-        self._engine, self._limits = engine, limits
-        self._chance = random.Random(0)
-
-    def verify(self, shape: Shape) -> tuple[float, float]:
-        """Seconds of a pass, and of choosing tokens behind it."""
-        tree = Tree.chain(shape.new - 1) if shape.new <= NEW[-1] else likely_tree(shape.new - 1, 12)
-        rows = self.rows(shape)
-        draft = Draft("calibration", tree, tuple(self._tokens(len(tree)))) if tree else None
-        self._wait()
-        began = time.perf_counter()
-        scores = self._engine.model.verify(rows, [draft] * len(rows), self._engine.drafters.taps)
-        self._wait()
-        passed = time.perf_counter()
-        self._engine.acceptor.accept(rows, [draft] * len(rows), scores)
-        return passed - began, time.perf_counter() - passed
-
-    def draft(self, drafter: Drafter, rows: Sequence[Row], tree: Tree) -> tuple[float, bool]:
-        """Seconds of guessing for rows, and whether every one of them got guesses."""
-        offers = drafter.offer(rows)
-        trees = [subtree(offer.tree, overlap(offer.tree, tree)) if offer else NO_TREE for offer in offers]
-        bets = [Bet(drafter.name, some) for some in trees]
-        self._wait()
-        began = time.perf_counter()
-        drafts = drafter.draft(rows, bets, self._limits.new)
-        self._wait()
-        return time.perf_counter() - began, None not in drafts
-
-    def rows(self, shape: Shape) -> list[Row]:
-        """Rows with one known token to run, each on pages of its own."""
-        size = self._limits.page_size
-        each = -(-shape.span // size)
-        found = []
-        for line in range(shape.rows):
-            tokens = array("i", self._tokens(shape.context + 1))
-            pages = list(range(1 + line * each, 1 + (line + 1) * each))
-            request = Request("calibration", tuple(tokens), SamplingParams(temperature=0, ignore_eos=True))
-            found.append(Row(-1 - line, request, 0, tokens, len(tokens), shape.context, 1, 0, 64, pages))
-        return found
-
-    def _tokens(self, count: int) -> list[int]:
-        return [self._chance.randrange(min(1000, self._engine.model.vocab_size)) for _ in range(count)]
-
-    def _wait(self) -> None:
-        if self._engine.model.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.model.device)
-
-
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +106,8 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
     drafts = {}
     guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
     for place, drafter in enumerate(guessing):
-        reading = _time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
-        drafts[drafter.name] = _time_drafter(watch, drafter, limits, DRAFTS[how], reading, streams)
+        reading = time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
+        drafts[drafter.name] = time_drafter(watch, drafter, limits, DRAFTS[how], reading, streams)
         advance(0.7 + 0.2 * (place + 1) / len(guessing))
     drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
     host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
@@ -261,77 +152,6 @@ def _per_guess(choices: Timed) -> float:
     rows, guesses, seconds = (np.array(column, dtype=float) for column in zip(*lines, strict=True))
     features = np.stack([np.ones(len(rows)), rows, guesses], axis=1) / seconds[:, None]
     return float(nonnegative_least_squares(features, np.ones(len(rows)))[2])
-
-
-def _time_drafter(
-    watch: Stopwatch, drafter: Drafter, limits: Limits, rounds: int, per_catch_up: float, streams: bool
-) -> DraftCost:
-    """What a drafter's levels, rows and guesses cost."""
-    lines: list[tuple[float, ...]] = []
-    wide = [(Shape(1, 96, WIDE[-1]), WIDE_TREES)] if streams else []
-    usual = (Shape(1, 64, 1), Shape(4, 64, 1), Shape(16, 64, 1), Shape(1, 480, 1), Shape(4, 480, 1))
-    for shape, trees in [*((shape, TREES) for shape in usual), *wide]:
-        if not limits.allows(shape):
-            continue
-        rows = watch.rows(shape)
-        _, ready = watch.draft(drafter, rows, TREES[0])
-        for _ in range(2 * shape.rows * shape.context // 32):  # what a drafter reads of missed tokens in one step
-            if ready:
-                break
-            _, ready = watch.draft(drafter, rows, TREES[0])
-        for tree in trees if ready else ():
-            seconds = statistics.median(watch.draft(drafter, rows, tree)[0] for _ in range(rounds))
-            held = shape.rows * shape.context
-            lines.append((1.0, tree.depth, shape.rows, shape.rows * len(tree), held, seconds))
-        for row in rows:
-            drafter.forget(row.seq)
-    if not lines:
-        logger.warning("drafter %s gave no guesses to be timed, so its cost is taken from serving", drafter.name)
-        return DraftCost()
-    table = np.array(lines)
-    fitted = nonnegative_least_squares(table[:, :-1] / table[:, -1:], np.ones(len(table)))
-    return DraftCost(*map(float, fitted), per_catch_up=per_catch_up)
-
-
-class _Late:
-    """Bets one guess of a drafter once a prompt is read, which it then has to read as well.
-
-    Attributes:
-        seconds: Of every draft, with the tokens that had to be read first.
-    """
-
-    def __init__(self, method: str) -> None:
-        self._method, self._catch_up = method, 0
-        self.seconds: list[tuple[int, float]] = []
-
-    def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
-        """See `Policy.plan`."""
-        plan = Fixed(self._method, TREES[0]).plan(rows, offers, budget)
-        bets = [bet if row.count == 1 else None for row, bet in zip(rows, plan.bets, strict=True)]
-        self._catch_up = sum(o.catch_up for some in offers for o in some if o.method == self._method)
-        return StepPlan(tuple(bets))
-
-    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
-        """See `Policy.observe`."""
-        if any(got.method == self._method for got in result.rows):
-            self.seconds.append((self._catch_up, result.seconds["draft"]))
-
-
-def _time_reading(engine: Engine, drafter: Drafter, rounds: int) -> float:
-    """Seconds for a token that a drafter reads late, of real requests."""
-    policy, late = engine.policy, _Late(drafter.name)
-    engine.policy, chance = late, random.Random(1)
-    length = min(READ, engine.max_model_len - 8, engine.config.max_num_batched_tokens)
-    for number in range(rounds):  # of different prompts, or there would be nothing to read
-        prompt = tuple(chance.randrange(min(1000, engine.vocab_size)) for _ in range(length))
-        engine.add(
-            Request(f"calibration {number}", prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
-        )
-        while engine.has_work:
-            engine.step()
-    engine.policy = policy
-    usual = statistics.median([seconds for missed, seconds in late.seconds if not missed] or [0.0])
-    return statistics.median([max(0.0, s - usual) / missed for missed, s in late.seconds if missed] or [0.0])
 
 
 class _Noted(Off):
