@@ -206,7 +206,7 @@ class Accelerated:
         }
         where |= {f"model.layers.{index}": "cpu" if index < kept else "disk" for index in range(len(layers))}
         source = resolve(options.model)
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=beside.model.dtype, device_map=where, offload_folder=str(folder), use_safetensors=True
         ).eval()
         eos = list(beside.eos)
@@ -238,7 +238,8 @@ class Dropping(StoppingCriteria):
     def __init__(self, files: Sequence[Path], times: list[float]) -> None:
         self._files, self._times = files, times
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        del scores, kwargs
         self._times.append(time.perf_counter())
         for path in self._files:
             file = os.open(path, os.O_RDONLY)

@@ -38,7 +38,7 @@ class Odd(nn.Module):
         self.register_buffer("c", torch.randint(-9, 9, (5,), dtype=torch.int8))
 
 
-def odd_layers(count: int) -> list[nn.Module]:
+def odd_layers(count: int) -> list[Odd]:
     return [Odd(seed) for seed in range(count)]
 
 

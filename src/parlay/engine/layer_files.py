@@ -7,6 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -100,7 +101,7 @@ class LayerFile:
         Raises:
             OSError: when it cannot be read or is shorter than it was written.
         """
-        buffer, done = memoryview(into.numpy()), 0
+        buffer, done = memoryview(cast(Any, into.numpy())), 0
         file = _open_past_cache(self.path)
         try:
             while done < self.layout.file_bytes:
@@ -128,7 +129,7 @@ def write_layer(path: Path, layer: nn.Module) -> LayerFile:
             with written.open("wb") as file:
                 file.write(layout.header)
                 for place in layout.places:
-                    file.write(tensors[place.name].detach().contiguous().view(-1).view(torch.uint8).numpy())
+                    file.write(tensors[place.name].detach().contiguous().view(-1).view(torch.uint8).numpy().data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

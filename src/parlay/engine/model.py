@@ -221,7 +221,7 @@ class TargetModel:
         self.streamed = None
         if offload is not None:
             prepare = pack_products if packs else (lambda layer: None)
-            self.streamed = stream(loaded.layers, offload, memory_budget, _folder(loaded), loaded.device, prepare)
+            self.streamed = stream([*loaded.layers], offload, memory_budget, _folder(loaded), loaded.device, prepare)
         if packs:
             pack_products(loaded.model)
             native.give_back_memory()
