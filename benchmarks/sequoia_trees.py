@@ -138,12 +138,11 @@ def competitors(machine: Machine, setting: Setting, planned: Tree) -> list[Progr
     return found
 
 
-def grid(best: OptimalTrees, shapes: Sequence[tuple[int, int]], planned: Program) -> list[Program]:
-    """The best trees of these sizes and depths; the planned tree is itself where it is one of them."""
-    trees = {best.tree(*wanted): wanted for wanted in shapes}  # a depth that no guess is worth gives the same again
+def grid(best: OptimalTrees, wanted: Sequence[tuple[int, int]], planned: Program) -> list[Program]:
+    """The best trees of at most these sizes and depths; the planned tree is itself where it is one of them."""
+    trees = {shape(tree): tree for tree in (best.tree(*limits) for limits in wanted)}
     return [
-        planned if tree == planned.tree else Program(f"grid {size}x{depth}", GRID, tree)
-        for tree, (size, depth) in trees.items()
+        planned if name == shape(planned.tree) else Program(f"grid {name}", GRID, tree) for name, tree in trees.items()
     ]
 
 

@@ -66,9 +66,9 @@ def test_the_planned_tree_is_drawn_in_two_ways_where_there_is_chance() -> None:
 def test_the_planned_tree_is_one_of_the_grid() -> None:
     best = OptimalTrees(MATRIX, 8, 4)
     planned = Program("planned", SEQUOIA, best.tree(4, 2))
-    found = grid(best, [(2, 1), (4, 2), (4, 4), (4, 4)], planned)
+    found = grid(best, [(2, 1), (4, 2), (4, 3), (4, 4)], planned)  # a fourth level is worth nothing
     assert found[1] is planned
-    assert [program.name for program in (found[0], *found[2:])] == ["grid 2x1", "grid 4x4"]
+    assert [program.name for program in (found[0], *found[2:])] == ["grid 2x1", "grid 4x3"]
     assert {program.family for program in found} == {GRID, SEQUOIA}
 
 
