@@ -243,7 +243,7 @@ def score(category: str, method: str, beside: str, trials: Sequence[Trial], *, g
         decode=float(total[0] / total[1]) if total[0] else None,
         whole=float(total[2] / total[3]),
         decode_ratio=decode_ratio(sums, base),
-        whole_ratio=Estimate.of(np.hstack([sums[:, 2:], base[:, 2:]]), speedup),
+        whole_ratio=Estimate.speedup(sums[:, 2:], base[:, 2:]),
         decode_by_repeat=Spread.of(by_repeat) if by_repeat else None,
         over_off=decode_ratio(sums, off),
         equal_outputs=equal if greedy else None,
@@ -265,12 +265,7 @@ def decode_ratio(sums: Floats, base: Floats) -> Estimate | None:
     """None where one of the two did not go on after its first tokens."""
     if not (sums[:, 0].any() and base[:, 0].any()):
         return None
-    return Estimate.of(np.hstack([sums[:, :2], base[:, :2]]), speedup)
-
-
-def speedup(sums: Floats) -> float:
-    """Of tokens, seconds, and another's tokens and seconds."""
-    return float(sums[0] / sums[1] / (sums[2] / sums[3]))
+    return Estimate.speedup(sums[:, :2], base[:, :2])
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from trial import (
     WholeTrees,
     acceptance,
     add_trees,
+    comb_engine,
     conditions,
     measure,
     new_parser,
@@ -85,7 +86,7 @@ def main() -> None:
     options = parse()
     captured = environment.capture()
     halves = halve(load_prompts(options.dataset, options.limit))
-    counts = [one.hits for one in measure(options, halves[0], options.temperature)]
+    counts = [one.hits for one in measure(comb_engine(options), options, halves[0], options.temperature)]
     hits = np.sum(counts, axis=0)
     matrix = acceptance(Counts(hits))
     best = OptimalTrees(matrix, max(n for n, _ in options.trees), max(d for _, d in options.trees))
@@ -135,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trees",
         nargs="+",
-        type=_shape,
+        type=read_shape,
         default=[(4, 2), (8, 3), (8, 6), (16, 4), (16, 8), (32, 6)],
         metavar="SIZExDEPTH",
         help="best trees of which sizes and depths (default: 4x2 8x3 8x6 16x4 16x8 32x6)",
@@ -143,7 +144,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _shape(text: str) -> tuple[int, int]:
+def read_shape(text: str) -> tuple[int, int]:
+    """Reads the size and depth of a tree."""
     size, given, depth = text.partition("x")
     if not (given and size.isdecimal() and depth.isdecimal() and 0 < int(depth) <= int(size)):
         raise argparse.ArgumentTypeError(f"{text!r}: write SIZExDEPTH, the depth at most the size")

@@ -125,6 +125,16 @@ class Estimate:
         """Of two sums over the same prompts."""
         return cls.of(np.array([over, under], dtype=float).T, lambda sums: float(sums[0] / sums[1]))
 
+    @classmethod
+    def speedup(cls, own: Floats, base: Floats) -> Estimate:
+        """How much faster something is than something else, prompt by prompt: above 1, `own` is faster.
+
+        Args:
+            own: [prompts, 2] tokens and the seconds, or steps, that they took.
+            base: The same of what it is compared with.
+        """
+        return cls.of(np.hstack([own, base]), lambda sums: float(sums[0] / sums[1] / (sums[2] / sums[3])))
+
     def __format__(self, spec: str) -> str:
         within = "" if self.low is None else f" ({self.low:{spec}}..{self.high:{spec}})"
         return f"{self.value:{spec}}{within}"
@@ -239,26 +249,32 @@ def check_drafters(engine: Engine) -> None:
         )
 
 
-def tree_engine(options: argparse.Namespace, trees: Sequence[Tree]) -> Engine:
-    """An engine whose drafter can fill each of these trees for all rows at once.
+def tree_engine(options: argparse.Namespace, trees: Sequence[Tree], **settings: Any) -> Engine:
+    """An engine whose drafter can fill each of these trees for all rows at once, unless the settings say otherwise.
 
     Raises:
         SystemExit: for a drafter that fills no tree but where it has seen something.
     """
     whole = covering(trees)
     room = max(512, options.concurrency * (2 + max(map(len, trees))))
-    bet = Bet(options.method, whole)
-    engine = new_engine(options, bet, max_num_seqs=options.concurrency, max_num_batched_tokens=room, seed=0)
+    usual = {"max_num_seqs": options.concurrency, "max_num_batched_tokens": room, "seed": 0}
+    engine = new_engine(options, Bet(options.method, whole), **usual | settings)
     if engine.drafters.by_name[options.method].deterministic:
         sys.exit(f"method: {options.method} does not fill every tree; name one that samples, as eagle or draft_model")
     return engine
 
 
-def measure(options: argparse.Namespace, prompts: Sequence[Prompt], temperature: float) -> list[Counts]:
+def comb_engine(options: argparse.Namespace) -> Engine:
+    """An engine to `measure` with."""
+    return tree_engine(options, [comb(options.width, options.depth)])
+
+
+def measure(
+    engine: Engine, options: argparse.Namespace, prompts: Sequence[Prompt], temperature: float, top_p: float = 1.0
+) -> list[Counts]:
     """What `parlay measure` counts, by prompt, with a comb of the options' width and depth."""
     tree = comb(options.width, options.depth)
-    engine = tree_engine(options, [tree])
-    params = SamplingParams(temperature=temperature, max_tokens=options.max_tokens)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=options.max_tokens)
     with progress("measuring acceptance", len(prompts)) as advance:
         found = watch(
             engine,

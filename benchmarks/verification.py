@@ -24,6 +24,7 @@ from trial import (
     WholeTrees,
     acceptance,
     add_trees,
+    comb_engine,
     conditions,
     measure,
     new_parser,
@@ -77,7 +78,7 @@ def main() -> None:
     options = parse()
     captured = environment.capture()
     prompts = load_prompts(options.dataset, options.limit)
-    counts = measure(options, prompts, options.measured_at)
+    counts = measure(comb_engine(options), options, prompts, options.measured_at)
     matrix = acceptance(Counts(np.sum([one.hits for one in counts], axis=0)))
     trees = {text: read_tree(text, matrix) for text in options.trees}
     cells = run(options, prompts, trees)
@@ -181,9 +182,7 @@ def cell(
         other_steps=sum(one.others for one in found),
         tokens_per_step=Estimate.ratio(columns[:, 2].tolist(), columns[:, 3].tolist()),
         over_all_steps=over_all_steps(found),
-        sequoia_over_this=Estimate.of(columns, lambda sums: float(sums[0] / sums[1] / (sums[2] / sums[3])))
-        if sampling != "sequoia"
-        else None,
+        sequoia_over_this=Estimate.speedup(columns[:, :2], columns[:, 2:]) if sampling != "sequoia" else None,
     )
 
 
