@@ -238,7 +238,7 @@ class Dropping(StoppingCriteria):
     def __init__(self, files: Sequence[Path], times: list[float]) -> None:
         self._files, self._times = files, times
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         del scores, kwargs
         self._times.append(time.perf_counter())
         for path in self._files:

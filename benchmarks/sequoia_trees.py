@@ -16,7 +16,9 @@ from parlay.bench.steps import Recorder
 from parlay.bench.workloads import Prompt, encode
 from parlay.bets import NO_TREE, Tree
 from parlay.config import TreeSampling
-from parlay.engine.calibration import TREES, WIDE_TREES, Calibration, calibrate
+from parlay.engine.calibration import Calibration, calibrate
+from parlay.engine.calibration_drafts import WIDE_TREES
+from parlay.engine.stopwatch import TREES
 from parlay.policy.fixed import Fixed, Off
 from parlay.policy.planner import Planner
 from parlay.policy.sequoia import OptimalTrees
@@ -101,7 +103,7 @@ def machines(memory_budget: int) -> tuple[Machine, Machine]:
 def costs(options: argparse.Namespace, machine: Machine) -> Calibration:
     """What steps cost there, measured now by an engine whose drafter fills the trees that calibration times."""
     trees = [*TREES, *(WIDE_TREES if machine.streams else ())]
-    engine = tree_engine(options, trees, **ENGINE | machine.settings)
+    engine = tree_engine(options, trees, **{**ENGINE, **machine.settings})
     if machine.streams and engine.model.streamed is None:
         sys.exit("--memory-budget: all layers fit into it, so that none streams; give less")
     with progress(f"{machine.name}: what steps cost", 1) as advance:
@@ -167,7 +169,7 @@ class Turns:
     def __init__(
         self, options: argparse.Namespace, machine: Machine, programs: Sequence[Program], prompts: Sequence[Prompt]
     ) -> None:
-        settings = ENGINE | machine.settings
+        settings = {**ENGINE, **machine.settings}
         trees = [program.tree for program in programs]
         self._method, self._tokens = options.method, options.max_tokens
         self._plain = new_engine(options, None, **settings)

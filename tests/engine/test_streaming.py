@@ -16,7 +16,7 @@ from torch import nn
 
 from parlay.bets import Bet, Tree
 from parlay.config import EngineConfig
-from parlay.engine import layer_files
+from parlay.engine import layer_files, streaming
 from parlay.engine.engine import Engine
 from parlay.engine.layer_files import state_of, write_layer
 from parlay.engine.memory import Shelf
@@ -104,6 +104,33 @@ def test_any_order_of_layers_finds_the_right_weights(kept: int, tmp_path: Path) 
         for index in (0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 2, 3, 4, 5, 6):
             streamed.bring(index)
             assert torch.equal(layers[index].a, expected[index]), index
+    streamed.close()
+
+
+def test_a_read_that_fails_once_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And files that are removed meanwhile are still read."""
+    layers = odd_layers(6)
+    expected = [layer.a.detach().clone() for layer in layers]
+    streamed = stream(layers, "disk", 2 * size_of(layers[0]), tmp_path, CPU)
+    assert streamed is not None
+    for path in tmp_path.iterdir():
+        path.unlink()
+    whole, calls = layer_files.os.preadv, []
+
+    def now_and_then(*given: Any) -> int:
+        calls.append(given)
+        if len(calls) % 3 == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(*given)
+
+    monkeypatch.setattr(layer_files.os, "preadv", now_and_then)
+    monkeypatch.setattr(streaming, "PAUSES", (0.0, 0.0))
+    for index in range(6):
+        streamed.bring(index)
+        assert torch.equal(layers[index].a, expected[index])
+    assert "trying again" in caplog.text
     streamed.close()
 
 

@@ -7,6 +7,7 @@ that finding a model costs nothing.
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import io
 import os
@@ -167,7 +168,7 @@ def load(
 def fingerprint(source: ModelSource) -> str:
     """Changes when a model's files do."""
     folder = Path(source.path)
-    files = sorted(folder.glob(source.gguf_file or "*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob(glob.escape(source.gguf_file or "") or "*.safetensors")) if folder.is_dir() else []
     return repr((source.path, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
 
 

@@ -359,7 +359,7 @@ def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int, be
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // page_bytes
     if loaded.device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(loaded.device)[0] * 0.8)
+        memory = int((torch.cuda.mem_get_info(loaded.device)[0] - (config.memory_budget or 0)) * 0.8)
     else:
         memory = psutil.virtual_memory().available // 4
     useful = config.max_num_seqs * -(-max_model_len // config.page_size)

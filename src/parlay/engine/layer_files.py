@@ -92,17 +92,28 @@ class LayerFile:
     path: Path
     layout: Layout
 
-    def read(self, into: torch.Tensor) -> None:
-        """Reads all of it, past the page cache where the file system can do that.
+    def open(self) -> int:
+        """A descriptor for `read`, past the page cache where the file system can do that.
+
+        What it reads stays as it is, whoever replaces or removes the file.
+        """
+        try:
+            return os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:  # a file system without direct reads, such as one in memory
+            return os.open(self.path, os.O_RDONLY)
+
+    def read(self, into: torch.Tensor, opened: int | None = None) -> None:
+        """Reads all of it.
 
         Args:
             into: [layout.bytes] uint8 on the CPU, beginning at a page.
+            opened: What `open` gave; None opens and closes it.
 
         Raises:
             OSError: when it cannot be read or is shorter than it was written.
         """
         buffer, done = memoryview(cast(Any, into.numpy())), 0
-        file = _open_past_cache(self.path)
+        file = self.open() if opened is None else opened
         try:
             while done < self.layout.file_bytes:
                 count = os.preadv(file, [buffer[done:]], done)
@@ -110,7 +121,8 @@ class LayerFile:
                 if done < self.layout.file_bytes and (count == 0 or done % PAGE):  # it ends within a page
                     raise OSError(f"{self.path} ends after {done} of {self.layout.file_bytes} bytes")
         finally:
-            os.close(file)
+            if opened is None:
+                os.close(file)
 
 
 def write_layer(path: Path, layer: nn.Module) -> LayerFile:
@@ -144,10 +156,3 @@ def _fits(path: Path, layout: Layout) -> bool:
             return file.read(PAGE) == layout.header and os.fstat(file.fileno()).st_size == layout.file_bytes
     except FileNotFoundError:
         return False
-
-
-def _open_past_cache(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:  # a file system without direct reads, such as one in memory
-        return os.open(path, os.O_RDONLY)

@@ -357,8 +357,9 @@ def move_all_but_layers(loaded: LoadedModel) -> None:
 
 def _folder(loaded: LoadedModel) -> Path:
     """Where this model's layers are kept in the form in which they are multiplied."""
-    versions = loaded.config.to_json_string(use_diff=False), str(loaded.dtype), native.key(), loaded.made_of
-    return cache_dir() / "streamed" / hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
+    form = loaded.device.type, str(loaded.dtype), native.key() if native.load() else ""
+    about = loaded.config.to_json_string(use_diff=False), getattr(loaded.config, "_commit_hash", None), loaded.made_of
+    return cache_dir() / "streamed" / hashlib.sha256(repr((*form, *about)).encode()).hexdigest()[:16]
 
 
 def _example_row(page_size: int, count: int, first_page: int) -> Row:

@@ -9,8 +9,11 @@ After Sequoia's offloading (Chen et al. 2024, arXiv 2402.12374, Section 4 and `s
 
 from __future__ import annotations
 
+import logging
+import os
 import statistics
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +32,9 @@ from parlay.engine.layer_files import PAGE, LayerFile, Layout, state_of, write_l
 from parlay.engine.memory import zeros
 
 HUGE_PAGE = 2 << 20  # bytes
+PAUSES = 0.1, 1.0  # seconds, before a read that failed is tried again
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -259,24 +265,41 @@ def _written(layers: Sequence[nn.Module], folder: Path, prepare: Callable[[nn.Mo
 
 
 class Disk:
-    """Reads files past the page cache, into the CPU's memory."""
+    """Reads files past the page cache, into the CPU's memory.
+
+    Args:
+        files: By number.
+    """
 
     def __init__(self, files: Sequence[LayerFile]) -> None:
         self._files = files
+        self._opened = [file.open() for file in files]
+        weakref.finalize(self, _close, self._opened)
 
     def mark(self) -> None:
         """The CPU has done what was handed out."""
 
     def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
         del mark
-        self._files[number].read(into)
+        self.read(number, into)
+
+    def read(self, number: int, into: torch.Tensor) -> None:
+        """Reads a file, and again where that fails, as on a disk that is far away."""
+        for pause in PAUSES:
+            try:
+                return self._files[number].read(into, self._opened[number])
+            except OSError as error:
+                logger.warning("reading layers: %s; trying again in %g s", error, pause)
+                time.sleep(pause)
+        return self._files[number].read(into, self._opened[number])
 
 
 class _Device:
     """Copies to a CUDA device, beside what computes there, from pinned memory; from files by way of that."""
 
     def __init__(self, hosts: Sequence[torch.Tensor], files: Sequence[LayerFile], device: torch.device) -> None:
-        self._hosts, self._files, self._device = hosts, files, device
+        self._hosts, self._device = hosts, device
+        self._disk = Disk(files) if files else None
         self._stream = torch.cuda.Stream(device)
 
     def mark(self) -> torch.cuda.Event:
@@ -287,12 +310,17 @@ class _Device:
     def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
         assert isinstance(mark, torch.cuda.Event)
         host = self._hosts[number % len(self._hosts)]
-        if self._files:
-            self._files[number].read(host)
+        if self._disk is not None:
+            self._disk.read(number, host)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(mark)
             into.copy_(host[: len(into)], non_blocking=True)
         self._stream.synchronize()
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def size_of(layer: nn.Module) -> int:
