@@ -66,6 +66,7 @@ drafters = Registry(
         "medusa": "parlay.drafters.medusa:Medusa",
         "prompt_lookup": "parlay.drafters.prompt_lookup:PromptLookup",
         "self": "parlay.drafters.early_exit:EarlyExit",
+        "ppd": "parlay.drafters.pipelined:Pipelined",
         "suffix": "parlay.drafters.suffix:Suffix",
     },
 )

@@ -217,6 +217,8 @@ class Offer:
         confidence: The drafter's own estimate for each node that it is accepted if its parent is, where it has one;
             no higher than an elder sibling's.
         catch_up: Known tokens that the drafter would have to read first.
+        ahead: Whether these are candidates for the next token, begun beside this one: of the tree only the size counts,
+            and what is won is time, not tokens.
     """
 
     method: str
@@ -224,6 +226,7 @@ class Offer:
     tokens: tuple[int, ...] | None = None
     confidence: tuple[float, ...] | None = None
     catch_up: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,8 @@ def test_programs_that_compute_something_else_are_refused(
 ) -> None:
     honest = LayerProgram.__call__
 
-    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
-        out = honest(program, hidden, noted)
+    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted, **how: bool) -> torch.Tensor:
+        out = honest(program, hidden, noted, **how)
         assert out is not None
         return out * 1.001
 
@@ -117,8 +117,8 @@ def test_programs_that_keep_other_kv_are_refused(
 ) -> None:
     honest = LayerProgram.__call__
 
-    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor | None:
-        out = honest(program, hidden, noted)
+    def wrong(program: LayerProgram, hidden: torch.Tensor, noted: Noted, **how: bool) -> torch.Tensor | None:
+        out = honest(program, hidden, noted, **how)
         step = current_step()
         assert isinstance(step, PathAttention)
         if program._index == 0:
@@ -143,7 +143,7 @@ def test_the_check_notices_a_layer_that_adds_nothing_to_large_states() -> None:
 def test_programs_that_fail_harm_nobody(
     compiled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(program: LayerProgram, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
+    def fail(program: LayerProgram, hidden: torch.Tensor, noted: Noted, **how: bool) -> torch.Tensor:
         raise RuntimeError("the program stumbled")
 
     monkeypatch.setattr(LayerProgram, "__call__", fail)

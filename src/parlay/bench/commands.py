@@ -145,6 +145,29 @@ def measure(
     ] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Output limit per prompt.", min=2, rich_help_panel="Load")] = 128,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1, rich_help_panel="Load")] = 8,
+    ppd: Annotated[
+        bool,
+        typer.Option(
+            "--ppd",
+            help="Instead, how often the next token is among the candidates of early exits, and what two units take.",
+            rich_help_panel="Exits",
+        ),
+    ] = False,
+    exit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers before an exit, or the folder of a trained one; may be repeated. By default all of the upper "
+            "half.",
+            metavar="LAYER|FOLDER",
+            rich_help_panel="Exits",
+        ),
+    ] = None,
+    candidates: Annotated[
+        str, typer.Option(help="Numbers of candidates, separated by commas.", metavar="K,..", rich_help_panel="Exits")
+    ] = "1,2,3,5",
+    compile: Annotated[
+        Compile, typer.Option(help="Compile the model's layers before --ppd, or never.", rich_help_panel="Exits")
+    ] = "wait",
     width: Annotated[int, typer.Option(help="Children of a node.", min=1, max=64, rich_help_panel="Tree")] = 4,
     depth: Annotated[int, typer.Option(help="Levels of guesses.", min=1, max=16, rich_help_panel="Tree")] = 4,
     url: Annotated[
@@ -166,6 +189,21 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.", rich_help_panel="Report")] = False,
 ) -> None:
     """Measure how often a drafter's guesses are accepted, by level and child."""
+    if ppd:
+        from parlay.bench import matching
+
+        matching.run(
+            dataclasses.replace(config, compile=compile),
+            dataset=dataset,
+            limit=limit,
+            exits=exit or (),
+            candidates=matching.counts(candidates),
+            max_tokens=max_tokens,
+            concurrency=concurrency,
+            out=out,
+            as_json=as_json,
+        )
+        return
     from parlay.bench import measuring
 
     if url is not None:

@@ -57,10 +57,24 @@ def plan(
             rich_help_panel="Report",
         ),
     ] = None,
+    ppd: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead, what predictive pipelined decoding takes by exit layer and number of candidates, from the "
+            "file that parlay measure --ppd writes.",
+            metavar="FILE",
+            rich_help_panel="Costs and odds",
+        ),
+    ] = None,
     json_to: Annotated[str | None, _json] = None,
     plot: Annotated[Path | None, _plot] = None,
 ) -> None:
     """Find the best method, depth and tree by batch size, and the batch size from which no bet pays."""
+    if ppd is not None:
+        from parlay.bench.planning_ppd import run as run_ppd
+
+        run_ppd(ppd, json_to)
+        return
     from parlay.bench.planning import run
 
     run(

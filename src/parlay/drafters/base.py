@@ -37,6 +37,7 @@ class Drafter(ABC):
         bytes_per_position: Memory that it needs for every position of the target's KV pool.
         sampling: How it draws siblings by chance, if it does; the engine sets it.
         largest: The tree that it is made for where the user names none.
+        begins_next: Whether it begins next tokens instead of guessing; see `Offer.ahead`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Drafter(ABC):
     bytes_per_position: int = 0
     sampling: TreeSampling = "sequoia"
     largest: Tree = likely_tree(16, 6)
+    begins_next: bool = False
     window: int | None = None  # tokens that it reads at least of a row of which it has missed more than twice as many
 
     @classmethod
@@ -234,7 +236,7 @@ class Drafters:
                         f"{drafter.name} draws no tokens"
                     )
                 for (i, _), draft in zip(bound, guesses, strict=True):
-                    drafts[i] = draft if draft is not None and draft.tree else None
+                    drafts[i] = draft if draft is not None and (draft.tree or draft.ahead) else None
         return drafts
 
     def commit(self, rows: Sequence[Row], results: Sequence[RowResult], taps: Mapping[int, torch.Tensor]) -> None:

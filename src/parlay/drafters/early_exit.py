@@ -35,23 +35,14 @@ class EarlyExit(LevelDrafter):
         super().__init__(tree, target.device, seed)
         self.part = None
         if isinstance(exit, ExitPart):
-            pack_products(exit.to(target.device), target.dtype)
-            self.part = exit.to(target.dtype).eval()
+            self.part = prepared(exit, target)
             exit = exit.shape.exit
         self.layers = range(exit or default_exit(len(target.shapes)))
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
         """See `Drafter`. A user writes a number of layers, or the folder of a trained exit."""
-        count = len(target.shapes)
-        if source is None or (source.isdecimal() and 0 < int(source) < count):
-            return cls(tree, target, int(source) if source else None)
-        if not (folder := Path(source).expanduser()).is_dir():
-            raise ValueError(
-                f"drafter self: write the number of layers to run, from 1 to {count - 1}, or the folder of a trained "
-                f"exit, not {source!r}"
-            )
-        return cls(tree, target, load_exit(folder, target))
+        return cls(tree, target, find_exit(cls.name, source, target))
 
     def attach(self, target: TargetModel) -> None:
         """See `Drafter`."""
@@ -78,6 +69,30 @@ class EarlyExit(LevelDrafter):
             return model.segments(
                 batch.tokens, batch.positions, layers=self.layers, reads=batch.reads, then=self.part
             ).logits
+
+
+def prepared(part: ExitPart, target: LoadedModel) -> ExitPart:
+    """A trained part as it runs beside a target."""
+    pack_products(part.to(target.device), target.dtype)
+    return part.to(target.dtype).eval()
+
+
+def find_exit(method: str, source: str | None, target: LoadedModel) -> int | ExitPart | None:
+    """What a user wrote: a number of layers, or the folder of a trained exit.
+
+    Raises:
+        ValueError: where it is neither.
+        CheckpointError: where a trained exit cannot be read.
+    """
+    count = len(target.shapes)
+    if source is None or (source.isdecimal() and 0 < int(source) < count):
+        return int(source) if source else None
+    if not (folder := Path(source).expanduser()).is_dir():
+        raise ValueError(
+            f"drafter {method}: write the number of layers to run, from 1 to {count - 1}, or the folder of a trained "
+            f"exit, not {source!r}"
+        )
+    return load_exit(folder, target)
 
 
 def default_exit(layers: int) -> int:

@@ -28,6 +28,7 @@ class Draft:
         probs: None for deterministic guesses. Otherwise the distribution each node's children were drawn from, in node
             order: one row per inner node, the root first, then by node number, [num_inner, vocab].
         replaced: Whether siblings were drawn with replacement (SpecInfer), not without (Sequoia).
+        ahead: So many candidates for the next token are begun while the target runs this one; there is no tree then.
         ids: [vocab] the target's tokens that `probs` are of; None where they are all of them.
     """
 
@@ -37,6 +38,7 @@ class Draft:
     probs: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     replaced: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

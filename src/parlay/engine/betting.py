@@ -80,6 +80,11 @@ def policy_for(engine: Engine, name: str | None, calibrate: Calibrate) -> Policy
         return Off()
     method = next((method for method in drafters.by_name if method in drafters.sources), next(iter(drafters.by_name)))
 
+    if name not in ("goodput", "off") and drafters.by_name[method].begins_next:
+        raise ValueError(
+            f"policy {name!r}: it counts guesses, and {method} wins time instead; use goodput or no policy"
+        )
+
     def profile() -> Profile:
         if engine.profile is None:
             engine.profile = profile_for(engine, calibrate)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from parlay.engine.calibration_ahead import time_ahead
 from parlay.engine.calibration_drafts import time_drafter, time_reading
 from parlay.engine.stopwatch import NEW, WIDE, Limits, Shape, Stopwatch
 from parlay.policy.base import PolicyRow
@@ -106,6 +107,9 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
     drafts = {}
     guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
     for place, drafter in enumerate(guessing):
+        if drafter.begins_next:
+            drafts[drafter.name] = DraftCost(ahead=time_ahead(watch.long_rows, engine, drafter))
+            continue
         reading = time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
         drafts[drafter.name] = time_drafter(watch, drafter, limits, DRAFTS[how], reading, streams)
         advance(0.7 + 0.2 * (place + 1) / len(guessing))

@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from parlay.engine.checkpoint import cache_dir
 from parlay.engine.path_attention import PathAttention, attend
 
 Noted = tuple[tuple[Any, ...], dict[str, Any]]  # how a model calls its layer, after the hidden state
-Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 EXAMPLE = 23  # tokens of the traced step: a number that no other dimension has by chance
 
 
@@ -114,47 +116,87 @@ def _about(layer: nn.Module, call: AttentionCall, form: CallForm) -> str:
     return repr((modules, shapes, call.scale, call.window, call.softcap, form.spec, form.constants))
 
 
+class _Known(threading.local):
+    """The last call of each thread, and its tensors."""
+
+    values: tuple[Any, ...] = ()
+    tensors: list[torch.Tensor] | None = None
+
+
 class Arguments:
-    """Reads the tensors out of a layer's arguments; layers of one step are called with the same objects."""
+    """Reads the tensors out of a layer's arguments; layers of one step are called with the same objects.
+
+    Two threads may run layers at a time, each for a step of its own.
+    """
 
     def __init__(self, form: CallForm) -> None:
-        self.form = form
-        self._last: tuple[Any, ...] = ()
-        self._tensors: list[torch.Tensor] | None = None
+        self.form, self._known = form, _Known()
 
     def tensors(self, noted: Noted) -> list[torch.Tensor] | None:
         """None when the call has another form."""
-        values = (*noted[0], *noted[1].values())
-        if len(values) != len(self._last) or any(a is not b for a, b in zip(values, self._last, strict=True)):
+        values, known = (*noted[0], *noted[1].values()), self._known
+        if len(values) != len(known.values) or any(a is not b for a, b in zip(values, known.values, strict=True)):
             form, tensors = CallForm.of(noted)
-            self._last, self._tensors = values, tensors if form == self.form else None
-        return self._tensors
+            known.values, known.tensors = values, tensors if form == self.form else None
+        return known.tensors
+
+
+class Package:
+    """A program as it was loaded, with each layer's tensors for inputs.
+
+    Attributes:
+        run: Runs it. Python's other threads stand still meanwhile.
+
+    Raises:
+        CompilationFailed: when it cannot be loaded; the next start makes it anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            with suppress(OSError):
+                path.unlink()
+            raise CompilationFailed(f"{path} cannot be loaded ({str(error).splitlines()[0]})") from error
+        self.run: Run = loader.run
+
+    @cached_property
+    def freely(self) -> Run:
+        """The same while other threads go on, where that can be had; a call takes some 20 microseconds longer."""
+        if not native.load_programs():
+            return self.run
+        program, run = torch.classes.parlay.Program(str(self._path)), torch.ops.parlay.run.default
+        return lambda inputs: (run(program, inputs),)
 
 
 class LayerProgram:
     """One layer, run by its kind's program.
 
     Args:
-        run: The loaded program.
+        package: Its kind's.
         layer: Whose weights to use.
         index: Its number, which is that of its KV pool.
         arguments: Shared by the layers of this kind.
     """
 
-    def __init__(self, run: Run, layer: nn.Module, index: int, arguments: Arguments) -> None:
-        self._run, self._index, self._arguments = run, index, arguments
+    def __init__(self, package: Package, layer: nn.Module, index: int, arguments: Arguments) -> None:
+        self._package, self._index, self._arguments = package, index, arguments
         self._state = [tensor.detach() for tensor in _state(layer).values()]
 
-    def __call__(self, hidden: torch.Tensor, noted: Noted) -> torch.Tensor | None:
-        """[1, T, hidden] after the layer; None where the program does not fit the call."""
+    def __call__(self, hidden: torch.Tensor, noted: Noted, *, freely: bool = False) -> torch.Tensor | None:
+        """[1, T, hidden] after the layer; None where the program does not fit the call. See `Package.freely`."""
         step, tensors = current_step(), self._arguments.tensors(noted)
         if tensors is None or not isinstance(step, PathAttention):
             return None
-        return self.run(hidden, tensors, step)
+        return self.run(hidden, tensors, step, freely=freely)
 
-    def run(self, hidden: torch.Tensor, tensors: Sequence[torch.Tensor], step: PathAttention) -> torch.Tensor:
+    def run(
+        self, hidden: torch.Tensor, tensors: Sequence[torch.Tensor], step: PathAttention, *, freely: bool = False
+    ) -> torch.Tensor:
         """The same for one who knows which tensors are the layer's other arguments."""
-        return self._run([hidden, *tensors, *step.paths.tensors, step.kv.pools[self._index], *self._state])[0]
+        run = self._package.freely if freely else self._package.run
+        return run([hidden, *tensors, *step.paths.tensors, step.kv.pools[self._index], *self._state])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +289,9 @@ class CompiledLayers:
             log.unlink()
         found: dict[int, LayerProgram] = {}
         for kind in self.kinds:
-            run, arguments = _load(kind.package), Arguments(kind.form)
+            package, arguments = Package(kind.package), Arguments(kind.form)
             for index in kind.indices:
-                found[index] = LayerProgram(run, self._layers[index], index, arguments)
+                found[index] = LayerProgram(package, self._layers[index], index, arguments)
         return [found[index] for index in range(len(self._layers))]
 
 
@@ -259,15 +301,6 @@ class CompilationFailed(RuntimeError):
 
 def _package(about: str) -> Path:
     return cache_dir() / "compiled" / f"layer-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt2"
-
-
-def _load(package: Path) -> Run:
-    try:
-        return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).run  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        with suppress(OSError):
-            package.unlink()  # the next start makes it anew
-        raise CompilationFailed(f"{package} cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
 @torch.no_grad()

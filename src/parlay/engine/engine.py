@@ -147,6 +147,8 @@ class Engine:
         """Forgets a request and frees its pages at once; unknown ids are ignored."""
         for seq in self.scheduler.abort(request_id):
             self._forget(seq.seq)
+        if not self.has_work:
+            self.model.idle()
 
     @property
     def has_work(self) -> bool:
@@ -228,6 +230,8 @@ class Engine:
         self.drafters.commit(rows, kept, scores.taps)
         self.scheduler.commit(rows, kept)
         self._finish(rows, deltas)
+        if not self.has_work:
+            self.model.idle()
         lap("commit")
         result = StepResult(outcome, lap.parts())
         self._observe(rows, result)

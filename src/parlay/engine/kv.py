@@ -70,10 +70,10 @@ class PagedKV:
             last = {destination: source for source, destination in copies}
             _copy(self.pools, list(last.values()), list(last))
 
-    def move(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copies slots in every layer; all sources are read before anything is written."""
+    def move(self, sources: Sequence[int], destinations: Sequence[int], layers: int | None = None) -> None:
+        """Copies slots in every layer, or the first so many; all sources are read before anything is written."""
         if sources:
-            _copy(self.slots, sources, destinations)
+            _copy(self.slots[:layers], sources, destinations)
 
 
 def _copy(tensors: Sequence[torch.Tensor], sources: Sequence[int], destinations: Sequence[int]) -> None:

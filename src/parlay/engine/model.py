@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from parlay.engine.compiled import EXAMPLE, CompiledLayers, Example
 from parlay.engine.gathered import GatheredAttention
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import DTYPES, PathAttention
+from parlay.engine.pipelined import Pipeline
 from parlay.engine.products import pack_products
-from parlay.engine.segments import SegmentedModel
+from parlay.engine.segments import SegmentedModel, SegmentOutput
 from parlay.engine.streaming import stream
 from parlay.engine.strict import TILE, ParallelProducts, StrictAttention, tiles
 from parlay.types import Request, Row, RowResult, SamplingParams, TokenLogprobs
@@ -232,6 +233,7 @@ class TargetModel:
         self._about = loaded.config.to_json_string(use_diff=False)
         self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
         loaded.model.set_attn_implementation(attention.NAME)
+        self.pipeline: Pipeline | None = None  # how steps run that begin the next token
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
         if self.streamed is not None:
             self.segments.before_each(self.streamed.bring)
@@ -239,6 +241,11 @@ class TargetModel:
     @property
     def strict(self) -> bool:
         return self.products is not None
+
+    def idle(self) -> None:
+        """Nothing is left to do: gives cores back that another unit had."""
+        if self.pipeline is not None:
+            self.pipeline.drop()
 
     @contextmanager
     def borrowed_kv(self, num_pages: int, page_size: int) -> Iterator[None]:
@@ -267,6 +274,11 @@ class TargetModel:
             Logits of each sampling row's last known token and of every node, wanted prompt log-probabilities, and
             tapped hidden states of the whole packed step.
         """
+        if self.pipeline is not None:
+            ahead = [draft.ahead if draft else 0 for draft in drafts]
+            if all(ahead) and self.pipeline.fits(rows):
+                return self.pipeline.verify(rows, ahead, taps)
+            self.pipeline.drop()
         batch = pack(rows, drafts, self.kv.page_size, self.device)
         with self.products or nullcontext():
             if self.strict:
@@ -291,17 +303,25 @@ class TargetModel:
         tapped = {tap: torch.cat([out.taps[tap] for out in outs])[:count] for tap in taps}
         return torch.cat([out.hidden for out in outs])[:count], tapped
 
+    def head(
+        self,
+        hidden: torch.Tensor,
+        then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        taps: Sequence[int] = (),
+    ) -> SegmentOutput:
+        """Norm and head over [N, hidden] after any layer; see `SegmentedModel` for the rest."""
+        blank = torch.zeros(len(hidden), dtype=torch.long, device=self.device)
+        reads, none = torch.arange(len(hidden), device=self.device), range(self.segments.num_layers)[:0]
+        return self.segments(blank, blank, layers=none, hidden=hidden, taps=taps, reads=reads, then=then)
+
     def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Norm and head over [N, hidden] after the last layer, in chunks; in strict mode all of one shape."""
-        none = range(self.segments.num_layers, self.segments.num_layers)
         size = TILE if self.strict else HEAD_CHUNK
         for chunk in hidden.split(size) if len(hidden) else ():
             count = len(chunk)
             if self.strict:
                 chunk = torch.cat([chunk, chunk.new_zeros(size - count, chunk.shape[1])])
-            blank = torch.zeros(len(chunk), dtype=torch.long, device=self.device)
-            reads = torch.arange(len(chunk), device=self.device)
-            yield self.segments(blank, blank, layers=none, hidden=chunk, reads=reads).logits[:count]
+            yield self.head(chunk).logits[:count]
 
     def _prompt_logprobs(
         self, rows: Sequence[Row], drafts: Sequence[Draft | None], hidden: torch.Tensor

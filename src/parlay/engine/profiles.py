@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from parlay.bets import Bet
 from parlay.config import Calibrate
 from parlay.engine import native
 from parlay.engine.calibration import MOST_SECONDS, SHORTEST, calibrate, hardware
@@ -74,8 +75,17 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
 
 
 def _guessed(engine: Engine) -> Profile:
+    for name in [name for name, drafter in engine.drafters.by_name.items() if drafter.begins_next]:
+        logger.info("%s: until its steps are measured (--calibrate quick), auto begins no tokens with it", name)
     drafts = {name: LEVEL for name, drafter in engine.drafters.by_name.items() if not drafter.deterministic}
     return replace(GUESS, drafts=drafts)
+
+
+def _begun(engine: Engine) -> int | None:
+    """Candidates of the next token, where a drafter begins it: they are measured as many as they are."""
+    bet = engine.config.speculation
+    drafter = engine.drafters.by_name.get(bet.method) if isinstance(bet, Bet) else None
+    return len(bet.tree) if isinstance(bet, Bet) and drafter is not None and drafter.begins_next else None
 
 
 def stored(engine: Engine) -> Path:
@@ -83,8 +93,9 @@ def stored(engine: Engine) -> Path:
     model, config = engine.model, engine.config
     about = (
         hardware(model.device), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
-        config.max_num_seqs, config.offload, config.memory_budget, sorted(engine.drafters.sources.items()),
-        torch.__version__, native.key(),
+        config.max_num_seqs, config.offload, config.memory_budget,
+        sorted(engine.drafters.by_name), sorted(engine.drafters.sources.items()), _begun(engine), torch.__version__,
+        native.key(),
     )  # fmt: skip
     name = re.sub(r"[^\w.-]+", "-", config.model).strip("-")
     digest = hashlib.sha256(json.dumps([config.model, *about], default=str).encode()).hexdigest()[:12]

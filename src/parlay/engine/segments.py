@@ -8,19 +8,26 @@ keeps only the positions that somebody reads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from parlay.engine.compiled import Noted
 
-# Computes a layer's output from the hidden state and how the model calls the layer; None leaves it to the layer.
-Program = Callable[[torch.Tensor, Noted], torch.Tensor | None]
+
+class Program(Protocol):
+    """Computes a layer's output from the hidden state and how the model calls the layer; None leaves it to the layer.
+
+    Where several threads run layers at a time, each wants to be run `freely`, without a lock.
+    """
+
+    def __call__(self, hidden: torch.Tensor, noted: Noted, *, freely: bool = False) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +68,12 @@ class _StandIn(nn.Module):
         hidden = hidden_states if self.then is None else self.then(hidden_states)
         return (hidden,) if self.returns_tuple else hidden
 
-    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, noted: Noted, *, freely: bool = False) -> torch.Tensor:
         if self.before is not None:
             self.before()
-        if self.program is not None and (done := self.program(hidden, self.noted)) is not None:
+        if self.program is not None and (done := self.program(hidden, noted, freely=freely)) is not None:
             return done
-        args, kwargs = self.noted
+        args, kwargs = noted
         out = self.layer(hidden, *args, **kwargs)
         return out[0] if self.returns_tuple else out
 
@@ -90,6 +97,7 @@ class SegmentedModel:
         self.model = model
         self.num_layers = len(layers)
         self._work: _Work | None = None
+        self._alone = threading.RLock()  # whoever is in the model's own forward
         self._stand_ins = [_StandIn(layer, returns_tuple) for layer in layers]
         for index, stand_in in enumerate(self._stand_ins):
             layers[index] = stand_in
@@ -111,6 +119,15 @@ class SegmentedModel:
         """Runs each layer by its program, or as it is."""
         for stand_in, program in zip(self._stand_ins, programs, strict=True):
             stand_in.program = program
+
+    def begin(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[Noted]]:
+        """The state [T, hidden] before the first layer, and how each would be called; inside a `forward_batch`."""
+        with self._alone:
+            return self(tokens, positions, layers=range(0), taps=(0,)).taps[0], self.noted
+
+    def run_layer(self, index: int, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
+        """One layer alone, called as was noted; any thread may, where layers do not stream. hidden: [1, T, hidden]."""
+        return self._stand_ins[index].run(hidden, noted, freely=True)
 
     def before_each(self, bring: Callable[[int], None]) -> None:
         """Calls this with a layer's number before the layer runs."""
@@ -157,8 +174,9 @@ class SegmentedModel:
             reads=tokens[:0] if reads is None else reads,
             then=then,
         )
-        self._work = work
-        logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
+        with self._alone:
+            self._work = work
+            logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
         assert work.hidden is not None
         return SegmentOutput(work.hidden, work.tapped, logits)
 
@@ -169,7 +187,8 @@ class SegmentedModel:
         if work.layers.start in work.taps:
             work.tapped[work.layers.start] = hidden[0]
         for index in work.layers:
-            hidden = self._stand_ins[index].run(hidden)
+            stand_in = self._stand_ins[index]
+            hidden = stand_in.run(hidden, stand_in.noted)
             if index + 1 in work.taps:
                 work.tapped[index + 1] = hidden[0]
         work.hidden = hidden[0]

@@ -104,8 +104,8 @@ class _Beside:
         self._program, self._layer = program, layer
         self.hidden = self.out = self.written = torch.empty(0)  # [T, hidden] before and after; [T, kv_heads, D]
 
-    def __call__(self, hidden: torch.Tensor, noted: Noted) -> None:
-        out, step = self._program(hidden, noted), current_step()
+    def __call__(self, hidden: torch.Tensor, noted: Noted, *, freely: bool = False) -> None:
+        out, step = self._program(hidden, noted, freely=freely), current_step()
         if out is None or not isinstance(step, PathAttention):
             raise UnsupportedModel("a layer is called in another way than when it was compiled")
         self.hidden, self.out = hidden[0], out[0]

@@ -125,6 +125,11 @@ class Stopwatch:
             found.append(Row(-1 - line, request, 0, tokens, len(tokens), shape.context, 1, 0, 64, pages))
         return found
 
+    def long_rows(self, rows: int, context: int, new: int) -> list[Row]:
+        """Rows whose texts can go on for so many tokens; none where that cannot be."""
+        shape = Shape(rows, context, new)
+        return self.rows(shape) if self._limits.allows(shape) else []
+
     def _tokens(self, count: int) -> list[int]:
         return [self._chance.randrange(min(1000, self._engine.model.vocab_size)) for _ in range(count)]
 

@@ -91,6 +91,7 @@ class DraftCost:
         per_guess: Seconds for every guess.
         per_context: Seconds for every token in the KV of those rows.
         per_catch_up: Seconds for every known token that it has not read yet.
+        ahead: Of one that begins next tokens, by rows: seconds of such a step over those of a plain one.
     """
 
     per_step: float = 0.0
@@ -99,6 +100,7 @@ class DraftCost:
     per_guess: float = 0.0
     per_context: float = 0.0
     per_catch_up: float = 0.0
+    ahead: tuple[tuple[int, float], ...] = ()
 
     def __call__(self, levels: float, rows: float, guesses: float, context: float) -> float:
         fixed = self.per_step + self.per_level * levels
@@ -113,6 +115,7 @@ class DraftCost:
             factor * self.per_guess,
             factor * self.per_context,
             factor * self.per_catch_up,
+            self.ahead,
         )
 
 
@@ -179,7 +182,10 @@ class Profile:
         found = dict(written)
         verify = found.pop("verify")
         curve = VerifyCost(**{**verify, "knots": tuple(verify["knots"]), "seconds": tuple(verify["seconds"])})
-        drafts = {name: DraftCost(**cost) for name, cost in found.pop("drafts", {}).items()}
+        drafts = {
+            name: DraftCost(**{**cost, "ahead": tuple(map(tuple, cost.get("ahead", ())))})
+            for name, cost in found.pop("drafts", {}).items()
+        }
         host = HostCost(**found.pop("host", {}))
         return cls(**found, verify=curve, drafts=drafts, host=host)
 

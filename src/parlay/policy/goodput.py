@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parlay.policy.acceptance import MethodAcceptance, Trials
+from parlay.policy.ahead import Ahead, HeadStart
 from parlay.policy.allocation import LINES, Allocation, Candidates, Guesses, allocate, best_rate, no_bets
 from parlay.policy.base import PolicyRow
 from parlay.policy.clock import Clock, Load
@@ -91,6 +92,9 @@ class Goodput:
         self._again = False  # the next plan is a fresh one
         self._quick: Quick | None = None  # for a few rows, until the next fresh plan
         self._made: dict[int, Made] = {}  # seq -> its bet in the last plan
+        self._ahead = Ahead()
+        self._begun: HeadStart | None = None  # what the last plan was instead
+        self._probing = False  # whether it was to find something out
         self._seen: dict[int, int] = {}  # seq -> step
         self._step = self._plans = 0
 
@@ -98,11 +102,14 @@ class Goodput:
 
     def plan(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int) -> StepPlan:
         """See `Policy.plan`."""
-        self._made = {}
+        self._made, self._begun = {}, None
         emitting = sum(row.samples for row in rows)
         if not any(row.samples and row.max_depth > 0 for row in rows):  # nothing to decide: what it knows stays
             self.expected = NOTHING
             return StepPlan((None,) * len(rows), resting=self._hidden)
+        beginning = [[offer for offer in some if offer.ahead] for some in offers]
+        if any(beginning):
+            offers = [[offer for offer in some if not offer.ahead] for some in offers]
         self._plans += 1
         bucket = int(4 * math.log2(emitting))
         changed, known = bucket != self._bucket, not self._hidden
@@ -116,18 +123,38 @@ class Goodput:
             self._plan_whole(rows, offers, budget, fresh=fresh, few=few)
         expected, price = self.expected, self._rates[bucket] * emitting
         advantage = (expected.emitted - emitting) / price - (expected.seconds - expected.seconds_off)
-        if self.control.due(expected.seconds_off, advantage):
+        plain = self.control.due(expected.seconds_off, advantage)
+        if plain:
             self._made = {}
             self.expected = Expected(float(emitting), expected.seconds_off, expected.seconds_off)
-        bets = tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows)
         soon = self._again or (self._plans + 1) % FRESH == 0 or any(_wishes(row) for row in rows)
         self._hidden = frozenset() if soon else frozenset(self._resting)
+        if all(beginning) and not (plain or self._probing):
+            self._begun = self._better(rows, beginning)
+        if self._begun is not None:
+            self._made = {}
+            self.expected = replace(self.expected, emitted=float(emitting), seconds=self._begun.seconds)
+            return StepPlan((self._begun.bet,) * len(rows), resting=self._hidden)
+        bets = tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows)
         return StepPlan(bets, resting=self._hidden)
+
+    def _better(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]]) -> HeadStart | None:
+        """Beginning next tokens, where that is expected to bring more than what was planned."""
+        if not all(map(_only_decodes, rows)):
+            return None
+        found, planned = (
+            self._ahead.best(rows, offers, self.clock.profile.draft, self.expected.seconds_off),
+            self.expected,
+        )
+        if found is None or len(rows) / found.seconds <= planned.emitted / planned.seconds:
+            return None
+        return found
 
     def _plan_quickly(
         self, quick: Quick, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]], budget: int
     ) -> None:
         """Plans for a few rows much as in the last whole plan."""
+        self._probing = False
         known = self._rates[self._bucket] * len(rows)
         made, tokens, seconds = quick.plan(rows, offers, self.drafters, known, budget)
         rate, off = tokens / seconds, len(rows) / quick.seconds[0]
@@ -168,6 +195,7 @@ class Goodput:
             found = self._wished(rows, step, candidates, seconds, price, found)
         tokens, time = float(emitting), found.seconds
         probe = self._prober.probe(methods, found, seconds, price, fresh)
+        self._probing = probe is not None
         for place, (method, bought) in enumerate(zip(methods, found.guesses, strict=True)):
             if len(bought.value):
                 tokens += float(bought.value.sum())
@@ -283,6 +311,13 @@ class Goodput:
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         """See `Policy.observe`."""
         self._step += 1
+        begun = {got.method for got in result.rows if got.method is not None and not got.tree.parents}
+        if begun:  # what such a step took says nothing of plain passes
+            self._seen |= dict.fromkeys((row.seq for row in rows), self._step)
+            if self._begun is not None and all(got.method == self._begun.bet.method for got in result.rows):
+                self._ahead.observe(self._begun, sum(result.seconds.values()))
+            return
+        self._ahead.rest()
         told: dict[str, list[tuple[float, bool]]] = {}
         for row, got in zip(rows, result.rows, strict=True):
             self._seen[row.seq] = self._step

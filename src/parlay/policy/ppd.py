@@ -26,6 +26,7 @@ class Pipeline:
         p_correct: How often the next token is among the candidates.
         fork: Time that the main unit loses for every token at the exit layer: the exit head, handing out candidates.
         handoff: Time to adopt a unit's work after a match.
+        reached: Layers that a unit has done when the main one ends, on average, at most e; None for D - e.
     """
 
     layers: int
@@ -34,6 +35,7 @@ class Pipeline:
     p_correct: float
     fork: float = 0.0
     handoff: float = 0.0
+    reached: float | None = None
 
     def __post_init__(self) -> None:
         if not self.layers / 2 <= self.exit_layer < self.layers:
@@ -44,11 +46,13 @@ class Pipeline:
             raise ValueError("p_correct: must be from 0 to 1")
         if self.fork < 0 or self.handoff < 0:
             raise ValueError("fork, handoff: must not be negative")
+        if self.reached is not None and not 0 <= self.reached <= self.exit_layer:
+            raise ValueError("reached: must be from 0 to exit_layer, beyond which candidates would need their own")
 
     @property
-    def saved(self) -> int:
+    def saved(self) -> float:
         """Layers that a match saves: a unit starts when the main one has e of D behind it, and keeps its pace."""
-        return self.layers - self.exit_layer
+        return self.layers - self.exit_layer if self.reached is None else self.reached
 
     @property
     def token_time(self) -> float:

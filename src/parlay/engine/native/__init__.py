@@ -40,17 +40,34 @@ def load() -> bool:
     if found is None:
         logger.warning("no C++ compiler found, so PyTorch's own operators are used; install g++ for more speed")
         return False
-    library = cache_dir() / "native" / f"parlay-{key(found)}.so"
     try:
-        if not library.exists():
-            _build(found, library)
-        torch.ops.load_library(str(library))
+        _load(found, "ops.cpp", "parlay")
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("the CPU operators could not be compiled, so PyTorch's own are used: %s", _reason(error))
         return False
     _register_shapes()
     _keep_memory()
     return True
+
+
+@cache
+def load_programs() -> bool:
+    """Loads what runs compiled programs without the interpreter's lock; whether it could."""
+    found = compiler()
+    try:
+        if found is not None and load():
+            _load(found, "programs.cpp", "programs")
+            return True
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("compiled layers keep the interpreter's lock while they run: %s", _reason(error))
+    return False
+
+
+def _load(made_by: str, source: str, name: str) -> None:
+    library = cache_dir() / "native" / f"{name}-{key(made_by)}.so"
+    if not library.exists():
+        _build(made_by, source, library)
+    torch.ops.load_library(str(library))
 
 
 def key(made_by: str = "") -> str:
@@ -68,18 +85,18 @@ def _instruction_sets() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _build(made_by: str, library: Path) -> None:
+def _build(made_by: str, source: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(library.with_suffix(".lock")):
         if library.exists():
             return
-        logger.info("compiling the CPU operators, once for this machine (about half a minute)")
+        logger.info("compiling %s, once for this machine (about half a minute)", source)
         torch_folder = Path(torch.__file__).parent
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             command = [
                 made_by, "-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-Wno-psabi", "-fPIC", "-shared",
-                "-fopenmp", f"-I{torch_folder / 'include'}", str(SOURCES / "ops.cpp"), "-o", str(built),
+                "-fopenmp", f"-I{torch_folder / 'include'}", str(SOURCES / source), "-o", str(built),
                 f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10",
             ]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
