@@ -19,15 +19,16 @@ from typing import Any
 from trial import Conditions, Estimate, Tokens, conditions, new_parser
 
 from parlay.bench import environment, report, units
+from parlay.bench.figures import check_name, legend_below, new_figure, save, title
 from parlay.bench.planning_ppd import predict
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import encode, load_prompts
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafters
 from parlay.drafters.pipelined import Pipelined, exit_of
+from parlay.engine.compute_unit import Unit
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel
-from parlay.engine.pipelined import Unit
 from parlay.policy.fixed import Off
 from parlay.types import Request, SamplingParams
 
@@ -67,7 +68,7 @@ class Line:
 class Pipelines(Conditions):
     """All results of this benchmark."""
 
-    times: units.Times
+    times: tuple[units.Times, ...]  # before and after; predictions are means over both
     lines: tuple[Line, ...]
 
 
@@ -111,9 +112,10 @@ def main() -> None:
     times.append(units.measure(engine, counts))
     by_name = {name_of(match): match for match in matches}
     both = tuple(line(name, by_name.get(name), seconds, said, tallies.get(name, ()), times) for name in programs)
-    result = Pipelines(**conditions(options, prompts), times=times[0], lines=both)
+    result = Pipelines(**conditions(options, prompts), times=tuple(times), lines=both)
     environment.write_json(options.json, captured, result)
     show(result)
+    draw(result, options.plot)
 
 
 def parse() -> argparse.Namespace:
@@ -121,8 +123,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--matches", type=Path, required=True, help="what parlay measure --ppd --out wrote")
     parser.add_argument("--exits", nargs="+", help="exits as they are named there (default: all)")
     parser.add_argument("--candidates", nargs="+", type=int, help="numbers of candidates (default: all)")
-    parser.set_defaults(drafter=[])
-    return parser.parse_args()
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/ppd.svg"), help="(default: %(default)s)")
+    options = parser.parse_args()
+    check_name(options.plot)
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -229,6 +233,40 @@ def show(result: Pipelines) -> None:
         for one in result.lines
     ]
     report.console().print(table(f"{result.model}, {result.dataset}", columns, rows))
+
+
+def draw(result: Pipelines, path: Path) -> None:
+    """Measured beside predicted, and what a step is spent on behind each exit."""
+    figure, (tokens, parts) = new_figure(2, width=5.6)
+    lines = result.lines
+    places = range(len(lines))[::-1]
+    colours = ["#8a93a6" if line.exit_layer is None else "#2563eb" for line in lines]
+    tokens.barh(places, [line.measured for line in lines], color=colours)
+    begun = [(line.predicted, place) for line, place in zip(lines, places, strict=True) if line.predicted is not None]
+    tokens.scatter(*zip(*begun, strict=True), s=16, color="#111827", zorder=2, label="predicted")
+    tokens.set_yticks(places, [line.program for line in lines], fontsize=8)
+    tokens.legend(frameon=False, loc="upper right", fontsize=8)
+    title(tokens, "a token, the next one begun after e layers", "milliseconds", "")
+    times, fewest = result.times[0], min(ahead.candidates for ahead in result.times[0].ahead)
+    timed = [ahead for ahead in times.ahead if ahead.candidates == fewest]
+    spent = {
+        "until the exit": [ahead.exit for ahead in timed],
+        "from there to the logits": [ahead.rest for ahead in timed],
+        "waiting for the other unit": [ahead.handoff for ahead in timed],
+        "all but the model": [times.host] * len(timed),
+    }
+    heights = [[1000 * seconds for seconds in some] for some in spent.values()]
+    parts.stackplot(
+        [ahead.exit_layer for ahead in timed],
+        heights,
+        labels=spent,
+        colors=("#2563eb", "#db2777", "#d97706", "#8a93a6"),
+    )
+    parts.axhline(1000 * times.plain_half, color="#111827", linewidth=1, label="plain, half of the cores")
+    parts.axhline(1000 * times.plain, color="#111827", linewidth=1, linestyle=":", label="plain, all of them")
+    title(parts, "a step where nothing matched", "exit layer", "milliseconds")
+    legend_below(figure, [parts])
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_long_rope_is_served_up_to_its_original_context(tmp_path: Path) -> None:
 def test_strict_parity_is_refused_where_it_cannot_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Here a token's logits depend on its line in the tile, as those of a careless kernel would."""
     engine = Engine(EngineConfig(str(make_model(tmp_path, "llama")), dtype="float64", parity="strict"))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     head = engine.model.segments.model.get_output_embeddings()  # type: ignore[operator]
     lines = torch.arange(16, dtype=torch.float64)[:, None] * 1e-12
     head.register_forward_hook(lambda _m, _a, logits: logits + lines[: logits.shape[1]])

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from parlay.bets import Bet, Tree, parse_bet
+from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.drafters.base import Drafter, Drafters
 from parlay.drafters.exit_part import save_exit
 from parlay.drafters.pipelined import Pipelined
-from parlay.engine import pipelined
+from parlay.engine import compute_unit, pipelined
 from parlay.engine.batch import Draft
 from parlay.engine.engine import Engine
 from parlay.engine.model import LoadedModel
@@ -104,6 +106,31 @@ def test_penalties_and_small_pools_change_nothing(tmp_path: Path) -> None:
     assert tally(ahead).matches
 
 
+def test_head_starts_outlive_the_end_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A match is begun with wherever its place lies, but for the last one of a text."""
+    advance = pipelined.Lane.advance
+    monkeypatch.setattr(pipelined.Lane, "advance", lambda lane, end, *_: advance(lane, end))  # however long it takes
+    some = engine(make_model(tmp_path, "llama", layers=4), f"ppd:{MANY}", "2", page_size=1)
+    answers(some, PROMPTS[:1])
+    assert tally(some).layers in (2 * tally(some).matches, 2 * (tally(some).matches - 1))
+    assert tally(some).matches > 10
+
+
+def test_only_the_size_of_a_bet_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, begin = make_model(tmp_path, "llama", layers=4), pipelined.Pipeline._begin
+    begun: list[int] = []
+
+    def noting(line: Any, rows: Any, candidates: Sequence[int], *given: Any) -> Any:
+        begun[-1] = max(begun[-1], *candidates, 0)
+        return begin(line, rows, candidates, *given)
+
+    monkeypatch.setattr(pipelined.Pipeline, "_begin", noting)
+    for bet in ("ppd:3", "ppd:[-1,-1,-1]"):
+        begun.append(0)
+        answers(engine(folder, bet, "2"), PROMPTS)
+    assert begun == [3, 3]
+
+
 class Watch(Drafter):
     """Notes the target's states, as heads do."""
 
@@ -149,11 +176,15 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: py
     folder = make_model(tmp_path, "llama", layers=4)
     with pytest.raises(ValueError, match="upper half, from layer 2 to 3"):
         engine(folder, "ppd:2", "1")
+    for below in ("0", "1"):
+        measured = CliRunner().invoke(app, ["measure", "--ppd", "--model", str(folder), "--exit", below])
+        assert measured.exit_code
+        assert "upper half" in measured.output or "exit" in measured.output
     with pytest.raises(ValueError, match="leave one of them out"):
         engine(folder, "ppd:2", "2", parity="strict")
     with pytest.raises(ValueError, match="leave --offload out"):
         engine(folder, "ppd:2", "2", offload="disk", memory_budget=150_000)
-    monkeypatch.setattr(pipelined, "cores", lambda: [0])
+    monkeypatch.setattr(compute_unit, "cores", lambda: [0])
     with pytest.raises(ValueError, match="second core"):
         engine(folder, "ppd:2", "2")
 
@@ -179,15 +210,15 @@ def test_goodput_begins_next_tokens_where_that_was_measured_to_be_faster(tmp_pat
 def test_every_thread_gets_its_cores_back(tmp_path: Path) -> None:
     """After the last request, however it ends."""
     some = engine(make_model(tmp_path, "llama", layers=4), "ppd:3", "2")
-    before = torch.get_num_threads(), pipelined.cores()
+    before = torch.get_num_threads(), compute_unit.cores()
     answers(some, PROMPTS)
     assert tally(some).forks
-    assert (torch.get_num_threads(), pipelined.cores()) == before
+    assert (torch.get_num_threads(), compute_unit.cores()) == before
     some.add(Request("left", PROMPTS[0], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)))
     for _ in range(5):
         some.step()
     some.abort("left")
-    assert (torch.get_num_threads(), pipelined.cores()) == before
+    assert (torch.get_num_threads(), compute_unit.cores()) == before
 
 
 @pytest.mark.failures

@@ -50,6 +50,18 @@ def test_it_learns_and_forgets() -> None:
     assert seconds() == pytest.approx(0.008, rel=0.01)
 
 
+def test_a_row_that_wants_to_be_begun_keeps_nobody_from_learning() -> None:
+    policy = Goodput(PROFILE, priors={"prompt_lookup": (0.9,)})
+    for _ in range(50):
+        plan = policy.plan(rows(2), [[CHAIN], []], 64)
+        bet = plan.bets[0]
+        tree = bet.tree if bet else Tree(())
+        theirs = RowResult("ppd", Tree(()), (), (7,))
+        got = RowResult(bet.method if bet else None, tree, (), (7,))
+        policy.observe(rows(2), StepResult((got, theirs), {"verify": 0.01 + 2e-5 * len(tree)}))
+    assert policy.drafters["prompt_lookup"].acceptance.matrices[0][0, 0] < 0.5
+
+
 def test_goodput_takes_what_brings_more() -> None:
     for accept, expected in ((0.02, "ppd"), (0.9, "prompt_lookup")):
         policy, made = Goodput(PROFILE, priors={"prompt_lookup": (accept,)}), []

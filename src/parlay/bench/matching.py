@@ -41,10 +41,6 @@ class Exit:
     source: str
     part: ExitPart | None
 
-    @property
-    def name(self) -> str:
-        return f"{self.layer}, trained" if self.part is not None else f"{self.layer}"
-
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -115,8 +111,9 @@ class Watching(Drafter):
         some = [(row, got, end) for row, got, end in some if row.count == 1]
         if not some:
             return
-        lines = torch.tensor([end for _, _, end in some])
-        tokens = torch.tensor([got.emitted[0] for _, got, _ in some])
+        device = self._target.device
+        lines = torch.tensor([end for _, _, end in some], device=device)
+        tokens = torch.tensor([got.emitted[0] for _, got, _ in some], device=device)
         for place, exit in enumerate(self._exits):
             logits = self._target.head(taps[exit.layer][lines], exit.part).logits
             own = logits.gather(1, tokens[:, None])
@@ -152,6 +149,8 @@ def run(
     prompts = encode(load_prompts(dataset, limit), engine.tokenizer)
     with progress("decoding", len(prompts)) as advance:
         drive(engine, prompts, SamplingParams(temperature=0, max_tokens=max_tokens), concurrency, advance)
+    if engine.drafters.failed:
+        raise ValueError("exit: reading candidates off failed; the log says why")
     texts = [[np.array(ranks) for ranks in row] for row in found[0].ranks.values()]
     if not texts:
         raise ValueError("max-tokens: no token was ever decoded; raise it")

@@ -97,7 +97,7 @@ def run(found: Path, json_to: str | None) -> None:
             written["model"], 1000 * times["plain"], 1000 * times["plain_half"], tuple(lines),
             lines[0] if lines[0].over_plain > 1 else None,
         )  # fmt: skip
-    except (OSError, KeyError, TypeError, IndexError, StopIteration, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"ppd: {found} is not what parlay measure --ppd --out writes ({error!r})") from error
     if json_to is not None:
         environment.deliver(json_to, captured, result)

@@ -13,9 +13,9 @@ import numpy as np
 from parlay.bets import Tree
 from parlay.drafters.base import Drafters
 from parlay.drafters.pipelined import Pipelined
+from parlay.engine.compute_unit import Unit, cores
 from parlay.engine.engine import Engine
 from parlay.engine.model import TargetModel
-from parlay.engine.pipelined import Unit, cores
 from parlay.policy.base import Policy
 from parlay.policy.fixed import Fixed, Off
 from parlay.types import Request, SamplingParams
@@ -29,6 +29,8 @@ SHARES = 0.5, 0.625, 0.75, 0.875, 1.0  # of the layers, where exits are timed; w
 @dataclass(frozen=True, slots=True)
 class Ahead:
     """A step that begins k candidates of the next token after layer e, in seconds.
+
+    Exits are raw ones: what a trained part takes of the other unit's time is not in it.
 
     Attributes:
         exit_layer: e.
@@ -145,7 +147,7 @@ def _steps(engine: Engine, policy: Policy) -> list[tuple[float, _Step | None]]:
     kept, engine.policy = engine.policy, policy
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
     engine.add(Request("timed", tuple(range(CONTEXT)), params))
-    found, begun = [], 0
+    found = []
     while engine.has_work:
         tally = engine.model.pipeline.tally if engine.model.pipeline is not None else None
         before = tally.copy() if tally is not None else None
@@ -156,9 +158,11 @@ def _steps(engine: Engine, policy: Policy) -> list[tuple[float, _Step | None]]:
         if tally is not None and before is not None and tally.forks > before.forks:
             parts = {part: spent - before.seconds[part] for part, spent in tally.seconds.items()}
             step = _Step(
-                **parts, host=seconds - sum(parts.values()), begun=begun, reached=tally.reached - before.reached
+                **parts,
+                host=seconds - sum(parts.values()),
+                begun=tally.layers - before.layers,
+                reached=tally.reached - before.reached,
             )
-            begun = tally.layers - before.layers
         found.append((seconds, step))
     engine.policy = kept
     return found[FIRST:]

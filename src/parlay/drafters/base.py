@@ -79,6 +79,9 @@ class Drafter(ABC):
     def offer(self, rows: Sequence[Row]) -> Sequence[Offer | None]:
         """What it could bet on each row; host only and cheap. Nothing sampled is drawn here."""
 
+    def hear(self, shown: Mapping[int, Sequence[Offer]]) -> None:  # noqa: B027
+        """Called before `draft`: by row, what others show and how sure they are of it. Its trees may take that in."""
+
     @abstractmethod
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> Sequence[Draft | None]:
         """Guesses for the rows bound to it, at most the planned trees, never dropped for their own values.
@@ -220,14 +223,28 @@ class Drafters:
                         offers[i].append(offer)
         return offers
 
-    def draft(self, rows: Sequence[Row], plan: StepPlan, budget: int) -> list[Draft | None]:
-        """Lets each drafter guess for the rows that were bound to it, all of them at once; `budget` as for each."""
+    def draft(
+        self, rows: Sequence[Row], plan: StepPlan, budget: int, offers: Sequence[Sequence[Offer]] = ()
+    ) -> list[Draft | None]:
+        """Lets each drafter guess for the rows that were bound to it, all of them at once; `budget` as for each.
+
+        Args:
+            rows: Of the step.
+            plan: Their bets.
+            budget: See `Drafter.draft`.
+            offers: Per row, what was offered in this step.
+        """
         drafts: list[Draft | None] = [None] * len(rows)
+        shown = {
+            row.seq: [offer for offer in some if offer.tokens is not None and offer.confidence is not None]
+            for row, some in zip(rows, offers, strict=False)
+        }
         for drafter in self._working():
             bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == drafter.name]
             if not bound:
                 continue
             with self._or_off(drafter):
+                drafter.hear(shown)
                 guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound], budget)
                 for (_, bet), draft in zip(bound, guesses, strict=True):
                     small = draft is None or (len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth)

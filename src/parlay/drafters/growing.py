@@ -4,7 +4,8 @@ Three ways to choose a node's children, by the row's verification mode:
 
 - `greedy`: the most likely tokens. Of a tree that is free only size and depth count: it grows where it is most likely
   to be right (EAGLE-2, Li et al. 2024): every level expands its best nodes by the product of probabilities along their
-  paths, and the best of all are kept, which are ancestor-closed. Nothing here is by chance.
+  paths, and the best of all are kept, which are ancestor-closed. Nothing here is by chance. What other drafters show
+  for the row takes part: their guesses are nodes like its own, with their word for how likely they are.
 - `optimal`: the planned shape, children sampled without replacement (Sequoia, Chen et al. 2024), distributions kept.
   As baselines, children sampled independently (SpecInfer, Miao et al. 2024), or the most likely ones (top-k).
 - `coupled`: the planned shape, children by the noise that verification will use (Daliri et al. 2024).
@@ -23,12 +24,39 @@ from parlay.bets import Bet, Tree
 from parlay.config import TreeSampling
 from parlay.engine.batch import Draft, PackedRow, pack_row
 from parlay.engine.sampling import Path, argmax, draw_without_replacement, gumbel_at, process
-from parlay.types import Row
+from parlay.types import Offer, Row
 
 WIDTH = 6  # nodes that a level of a growing tree expands at most,
 SHARE = 8  # or one in so many of its guesses, if that is more
 BRANCH = 8  # children of each
 CANDIDATES = 64  # most likely tokens among which noise picks children
+
+
+@dataclass(slots=True)
+class Hint:
+    """A guess that others show.
+
+    Attributes:
+        share: How likely it is held to be, if those before it are right.
+        after: What is guessed behind it, by token.
+    """
+
+    share: float = 0.0
+    after: dict[int, Hint] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, offers: Sequence[Offer]) -> Hint:
+        """All that is shown behind a row's last known token."""
+        root = cls()
+        for offer in offers:
+            places: list[Hint] = [root]
+            for parent, token, share in zip(
+                offer.tree.parents, offer.tokens or (), offer.confidence or (), strict=True
+            ):
+                place = places[parent + 1].after.setdefault(token, cls())
+                place.share = max(place.share, share)
+                places.append(place)
+        return root
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +67,7 @@ class Growth:
         row: The row.
         bet: What was planned for it.
         eos: End-of-sequence ids of the target.
+        hint: What others show behind the last known token; taken where the tree is free.
         parents: Of each node so far, -1 for the root's children.
         tokens: Of each node.
         survival: Of each node, the product of the drafter's probabilities along its path.
@@ -51,6 +80,7 @@ class Growth:
     row: Row
     bet: Bet
     eos: Sequence[int]
+    hint: Hint = field(default_factory=Hint)
     parents: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
@@ -62,9 +92,11 @@ class Growth:
     planned: Tree = field(init=False)  # level by level
     places: dict[int, list[int]] = field(init=False)  # its children
     is_free: bool = field(init=False)  # whether it grows where it is likely to be right
+    hinted: dict[int, Hint] = field(init=False)  # of nodes behind which others' guesses were not looked at yet
 
     def __post_init__(self) -> None:
         self.is_free = self.bet.free and self.mode == "greedy"
+        self.hinted = {-1: self.hint} if self.is_free else {}
         self.planned = by_levels(self.bet.tree)
         self.places = self.planned.children()
 
@@ -79,11 +111,19 @@ class Growth:
     def add(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
         """Puts children behind a node, in draw order."""
         assert self.is_free or len(tokens) == len(self.places[parent]), "fewer tokens than planned siblings"
+        hints = self.hinted.pop(parent).after if parent in self.hinted else {}
+        shares = dict(zip(tokens, probabilities, strict=True))
+        order: Sequence[int] = tokens
+        if hints:
+            shares |= {token: max(hint.share, shares.get(token, 0.0)) for token, hint in hints.items()}
+            order = sorted(shares, key=lambda token: -shares[token])
         before = self.survival[parent] if parent >= 0 else 1.0
-        for token, probability in zip(tokens, probabilities, strict=True):
+        for token in order:
+            if token in hints:
+                self.hinted[len(self.tokens)] = hints[token]
             self.parents.append(parent)
             self.tokens.append(token)
-            self.survival.append(before * probability)
+            self.survival.append(before * shares[token])
             self.depths.append(self.depths[parent] + 1 if parent >= 0 else 1)
 
     def advance(self, first: int) -> None:
@@ -124,6 +164,8 @@ class Growth:
 
     def draft(self, method: str, ids: torch.Tensor | None) -> Draft:
         """What it has grown to."""
+        if self.is_free:
+            self._add_hints()
         nodes: Sequence[int] = range(len(self.tokens))
         if self.is_free:
             nodes = sorted(heapq.nsmallest(len(self.planned), nodes, key=lambda node: (-self.survival[node], node)))
@@ -132,6 +174,15 @@ class Growth:
         probs = torch.stack(self.probs) if self.probs else None
         tokens = tuple(self.tokens[node] for node in nodes)
         return Draft(method, tree, tokens, probs, ids if self.probs else None, self.replaced)
+
+    def _add_hints(self) -> None:
+        """Adds what others guess behind nodes that got no children."""
+        while self.hinted:
+            node = next(iter(self.hinted))
+            if node >= 0 and self.depths[node] >= self.planned.depth:
+                del self.hinted[node]
+            else:
+                self.add(node, (), ())
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import torch
 from parlay.bets import Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.drafters.coverage import Coverage
-from parlay.drafters.growing import Growth, draw_children
+from parlay.drafters.growing import Growth, Hint, draw_children
 from parlay.engine.batch import Draft, ForwardBatch, PackedRow, join, pack_row
 from parlay.engine.model import TargetModel
 from parlay.types import Offer, Row, RowResult
@@ -39,6 +39,7 @@ class LevelDrafter(Drafter):
     def __init__(self, tree: Tree, device: torch.device, seed: int = 0) -> None:
         self.tree, self.device = tree, device
         self._generator = torch.Generator(device).manual_seed(seed)
+        self._shown: Mapping[int, Sequence[Offer]] = {}
 
     def attach(self, target: TargetModel) -> None:
         """See `Drafter`."""
@@ -83,6 +84,10 @@ class LevelDrafter(Drafter):
             unread = row.length - 1 - self.read_from(row) if tree else 0
             offers.append(Offer(self.name, tree, catch_up=unread) if tree else None)
         return offers
+
+    def hear(self, shown: Mapping[int, Sequence[Offer]]) -> None:
+        """See `Drafter`. Trees that are free take these guesses in."""
+        self._shown = shown
 
     @torch.inference_mode()
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
@@ -136,7 +141,12 @@ class LevelDrafter(Drafter):
             self.note_read(row, end)
         done = {row.seq for (row, _), whole in zip(reading, through, strict=True) if whole}
         growths = {
-            row.seq: Growth(row, replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])), self.eos)
+            row.seq: Growth(
+                row,
+                replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])),
+                self.eos,
+                Hint.of(self._shown.get(row.seq, ())),
+            )
             for row, bet in zip(rows, bets, strict=True)
             if row.seq in done
         }

@@ -22,13 +22,16 @@ def exit_of(source: str, target: LoadedModel) -> tuple[int, ExitPart | None]:
     """The layers before an exit as the user wrote it, and its part if it is a trained one.
 
     Raises:
-        ValueError: where that is none.
+        ValueError: where that is none, or in the lower half of the layers.
     """
-    found = find_exit(Pipelined.name, source, target)
-    if isinstance(found, ExitPart):
-        return found.shape.exit, prepared(found, target)
-    assert found is not None
-    return found, None
+    found, layers = find_exit(Pipelined.name, source, target), len(target.shapes)
+    exit = found.shape.exit if isinstance(found, ExitPart) else found
+    if exit is None or not layers / 2 <= exit < layers:
+        raise ValueError(
+            f"drafter ppd: the exit must be in the upper half, from layer {-(-layers // 2)} to {layers - 1}, or "
+            f"candidates would need candidates of their own; not {exit}"
+        )
+    return exit, prepared(found, target) if isinstance(found, ExitPart) else None
 
 
 class Pipelined(Drafter):
@@ -62,12 +65,7 @@ class Pipelined(Drafter):
             ValueError: for an exit in the lower half of the layers.
         """
         layers = len(target.shapes)
-        exit, part = exit_of(source, target) if source else (-(-2 * layers // 3), None)
-        if not layers / 2 <= exit < layers:
-            raise ValueError(
-                f"drafter ppd: the exit must be in the upper half, from layer {-(-layers // 2)} to {layers - 1}, or "
-                f"candidates would need candidates of their own; not {exit}"
-            )
+        exit, part = exit_of(source or str(min(layers - 1, -(-2 * layers // 3))), target)
         return cls(len(tree), exit, part)
 
     def attach(self, target: TargetModel) -> None:

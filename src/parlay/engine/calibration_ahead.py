@@ -20,7 +20,7 @@ ROWS = (1, 2, 4)
 CONTEXT = 64
 TOKENS = 48  # of each text, of which the first few are not counted
 FIRST = 8
-ROOM = TOKENS + 9  # and candidates behind the last one
+ENOUGH = 1.5  # seconds after which a text ends sooner, if it has twice as many tokens as are not counted
 
 
 def time_ahead(
@@ -37,16 +37,18 @@ def time_ahead(
     """
     found = []
     for count in ROWS:
-        if make(count, CONTEXT, ROOM):
-            ahead, plain = (_seconds(make(count, CONTEXT, ROOM), engine, some) for some in (drafter, None))
+        most = max((len(offer.tree) for offer in drafter.offer(make(count, CONTEXT, TOKENS)) if offer), default=0)
+        if most and (rows := make(count, CONTEXT, TOKENS + 1 + most)):
+            ahead, plain = (_seconds(rows, engine, some) for some in (drafter, None))
             found.append((count, statistics.fmean(ahead) / statistics.median(plain)))
     return tuple(found)
 
 
 def _seconds(rows: Sequence[Row], engine: Engine, drafter: Drafter | None) -> list[float]:
     """Of every step of a text but the first few."""
-    found = []
-    for _ in range(TOKENS):
+    rows = [replace(row, tokens=row.tokens[:]) for row in rows]
+    found, end = [], time.perf_counter() + ENOUGH
+    while len(found) < TOKENS and (len(found) < 2 * FIRST or time.perf_counter() < end):
         offers = drafter.offer(rows) if drafter else [None] * len(rows)
         bets = [Bet(offer.method, offer.tree) for offer in offers if offer]
         began = time.perf_counter()

@@ -218,7 +218,7 @@ class Engine:
         plan = self.scheduler.reserve(rows, plan)
         self.model.kv.copy_pages(self.scheduler.take_page_copies())
         lap("plan")
-        drafts = self.drafters.draft(rows, plan, self.scheduler.budget)
+        drafts = self.drafters.draft(rows, plan, self.scheduler.budget, offers)
         lap("draft")
         scores = self.model.verify(rows, drafts, self.drafters.taps)
         lap("verify")

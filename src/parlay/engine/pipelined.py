@@ -13,13 +13,11 @@ before the target has finished, so what it attends to is always there.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,13 +26,12 @@ from parlay.engine import native
 from parlay.engine.accept import Scores
 from parlay.engine.attention import forward_batch
 from parlay.engine.batch import ForwardBatch, join, pack, pack_row
+from parlay.engine.compute_unit import Unit, seconds_between
 from parlay.engine.sampling import argmax
 from parlay.types import Row
 
 if TYPE_CHECKING:
     from parlay.engine.model import TargetModel
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ class Tally:
     Attributes:
         forks: Tokens for which candidates were begun.
         matches: Of which one was the next token.
-        layers: That matches began with, in all.
+        layers: That tokens began with, in all.
         reached: Layers that the unit had done when tokens were known, in all.
         seconds: By part: `exit` until the exit layer, `rest` until the logits, `handoff` from there on.
     """
@@ -169,17 +166,18 @@ class Pipeline:
             candidates: Per row, how many.
             taps: As in `TargetModel.verify`, like what is returned.
         """
-        began = time.perf_counter()
+        began = self._unit.now()
         self._unit.take()
         lane = self._resumed(rows, taps)
         lane.advance(self._exit)
-        at_exit, enough = time.perf_counter(), threading.Event()
+        at_exit, enough = self._unit.now(), threading.Event()
         state = lane.hidden[0]
         begun = self._unit.run(lambda: self._begin(rows, candidates, state, taps, enough))
         try:
             lane.advance(self._model.segments.num_layers)
             last = [tap for tap in taps if tap > self._model.segments.num_layers]
             out = self._model.head(lane.hidden[0], taps=last)
+            known = self._unit.now()
             self._unit.await_target()
         finally:
             finished = time.perf_counter()
@@ -192,9 +190,9 @@ class Pipeline:
             logger.error("beginning the next token failed: %s", failed, exc_info=failed)
             self._unit.rest()
             self._model.pipeline = None
-        ended = time.perf_counter()
-        for part, seconds in (("exit", at_exit - began), ("rest", finished - at_exit), ("handoff", ended - finished)):
-            self.tally.seconds[part] += seconds
+        self.tally.seconds["exit"] += seconds_between(began, at_exit)
+        self.tally.seconds["rest"] += seconds_between(at_exit, known)
+        self.tally.seconds["handoff"] += time.perf_counter() - finished
         return Scores(out.logits, tuple(range(len(rows))), ((),) * len(rows), lane.tapped | out.taps)
 
     def _resumed(self, rows: Sequence[Row], taps: Sequence[int]) -> Lane:
@@ -206,6 +204,7 @@ class Pipeline:
 
         starts = [self._start_of(row) for row in rows]
         self._starts.clear()
+        self.tally.layers += sum(start.layers for start in starts if start)
         whole, done = lane(rows), max((start.layers for start in starts if start), default=0)
         if not done:
             return whole
@@ -280,98 +279,9 @@ class Pipeline:
                 destinations.append(slot)
                 hidden, taps = ahead.state(first + place)
                 self._starts[row.seq] = HeadStart(token, row.length, slot, ahead.layer, hidden, taps)
-                self.tally.layers += ahead.layer
             first += len(some)
         self._model.kv.move(sources, destinations, ahead.layer)
 
     def _slot(self, row: Row, place: int) -> int:
         size = self._model.kv.page_size
         return row.pages[place // size] * size + place % size
-
-
-class Unit:
-    """Where candidates are begun: a thread with half of the cores, or with a CUDA stream of its own.
-
-    Args:
-        device: The target's.
-
-    Raises:
-        ValueError: where there is but one core.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._thread = device, ThreadPoolExecutor(1, thread_name_prefix="parlay-ahead")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._cores = cores()
-        self._all = torch.get_num_threads()  # of the target's where nothing is begun
-        if self._stream is None:
-            if len(self._cores) < 2:
-                raise ValueError("ppd needs a second core, on which to begin the next token; it would only take turns")
-            self._thread.submit(self._settle).result()
-            torch.set_num_threads(self._all)  # new threads begin with what was set last, wherever
-        self._taken = False
-
-    def take(self) -> None:
-        """From now on the target computes with the other half of the cores."""
-        if self._stream is None and not self._taken:
-            self._taken = True
-            torch.set_num_threads(max(1, self._all - self._all // 2))
-            self._pin(self._cores[: -(len(self._cores) // 2)])
-
-    def rest(self) -> None:
-        """From now on the target computes with all of them."""
-        if self._taken:
-            self._taken = False
-            torch.set_num_threads(self._all)
-            self._pin(self._cores)
-
-    def run(self, work: Callable[[], T]) -> Future[T]:
-        """Starts work on what the target's stream has handed out so far; its result waits for all of it."""
-        if self._stream is None:
-            return self._thread.submit(torch.inference_mode()(work))
-        stream, current = self._stream, torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
-
-        @torch.inference_mode()
-        def beside() -> T:
-            with torch.cuda.stream(stream):
-                return work()
-
-        return self._thread.submit(beside)
-
-    def pace(self) -> None:
-        """Called on the unit: returns when what it has handed out is done, so that it knows how far it is."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def await_target(self) -> None:
-        """Called by the target: returns when what it has handed out is done."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).synchronize()
-
-    def join(self) -> None:
-        """Has what the target hands out from now on wait for all that the unit has."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-    def close(self) -> None:
-        """Ends its thread."""
-        self.rest()
-        self._thread.shutdown()
-
-    def _settle(self) -> None:
-        torch.get_num_threads()  # PyTorch settles a thread's number when it is first asked for
-        torch.set_num_threads(max(1, self._all // 2))
-        self._pin(self._cores[-(len(self._cores) // 2) :])
-
-    def _pin(self, cores: Sequence[int]) -> None:
-        """Keeps this thread to some cores. Where there are more than two, threads have helpers, which stay free."""
-        if len(self._cores) == 2 and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)
-
-
-def cores() -> list[int]:
-    """Those that this thread may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

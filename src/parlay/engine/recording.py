@@ -143,7 +143,8 @@ class Recording:
         self, rows: Sequence[Row], offers: Sequence[Sequence[Offer]], own: Sequence[Bet | None]
     ) -> Sequence[Bet | None]:
         """See `Explorer`."""
-        methods = sorted({offer.method for some in offers for offer in some if offer.tokens is None})
+        guessing = (offer for some in offers for offer in some if offer.tokens is None and not offer.ahead)
+        methods = sorted({offer.method for offer in guessing})
         explores, self._next = self.awake and bool(methods), not self._chance.randrange(EVERY)
         if not explores:
             return own

@@ -251,7 +251,7 @@ class Scheduler:
             # The last emitted token is never in KV; a stop may have cut off some that are.
             seq.computed = min(known + len(got.accepted), max(known, len(seq.tokens) - 1))
             seq.scored = max(seq.scored, min(known, len(seq.request.prompt) - 1))
-            keep = self.blocks.pages_for(seq.computed)
+            keep = self.blocks.pages_for(seq.computed + 1)  # the next token's too: it may be there already
             self.blocks.release(seq.pages[keep:])
             del seq.pages[keep:]
             self._publish(seq)

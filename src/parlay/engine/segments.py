@@ -51,20 +51,32 @@ class _Work:
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+class _Passing(threading.local):
+    """What a thread is about: several may be in the model's own forward at a time.
+
+    Attributes:
+        work: Of the segment under way.
+        noted: How each layer was called in the thread's last pass.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.work: _Work | None = None
+        self.noted: list[Noted] = [((), {})] * layers
+
+
 class _StandIn(nn.Module):
     """Stands where a layer stood and notes how the model would have called it."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, index: int, passing: _Passing, returns_tuple: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.index, self.passing = layer, index, passing
         self.returns_tuple = returns_tuple
         self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
-        self.noted: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.program: Program | None = None
         self.before: Callable[[], None] | None = None  # brings its weights
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
-        self.noted = args, kwargs
+        self.passing.noted[self.index] = args, kwargs
         hidden = hidden_states if self.then is None else self.then(hidden_states)
         return (hidden,) if self.returns_tuple else hidden
 
@@ -96,9 +108,8 @@ class SegmentedModel:
     def __init__(self, model: nn.Module, layers: nn.ModuleList, returns_tuple: bool) -> None:
         self.model = model
         self.num_layers = len(layers)
-        self._work: _Work | None = None
-        self._alone = threading.RLock()  # whoever is in the model's own forward
-        self._stand_ins = [_StandIn(layer, returns_tuple) for layer in layers]
+        self._passing = _Passing(len(layers))
+        self._stand_ins = [_StandIn(layer, i, self._passing, returns_tuple) for i, layer in enumerate(layers)]
         for index, stand_in in enumerate(self._stand_ins):
             layers[index] = stand_in
         self._stand_ins[-1].then = self._run_layers
@@ -106,9 +117,9 @@ class SegmentedModel:
         model.get_output_embeddings().register_forward_pre_hook(self._keep_read)  # type: ignore[operator]
 
     @property
-    def noted(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """How each layer was called in the last pass."""
-        return [stand_in.noted for stand_in in self._stand_ins]
+    def noted(self) -> list[Noted]:
+        """How each layer was called in this thread's last pass."""
+        return [*self._passing.noted]
 
     @property
     def programs(self) -> list[Program | None]:
@@ -122,8 +133,7 @@ class SegmentedModel:
 
     def begin(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[Noted]]:
         """The state [T, hidden] before the first layer, and how each would be called; inside a `forward_batch`."""
-        with self._alone:
-            return self(tokens, positions, layers=range(0), taps=(0,)).taps[0], self.noted
+        return self(tokens, positions, layers=range(0), taps=(0,)).taps[0], self.noted
 
     def run_layer(self, index: int, hidden: torch.Tensor, noted: Noted) -> torch.Tensor:
         """One layer alone, called as was noted; any thread may, where layers do not stream. hidden: [1, T, hidden]."""
@@ -174,28 +184,26 @@ class SegmentedModel:
             reads=tokens[:0] if reads is None else reads,
             then=then,
         )
-        with self._alone:
-            self._work = work
-            logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
+        self._passing.work = work
+        logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
         assert work.hidden is not None
         return SegmentOutput(work.hidden, work.tapped, logits)
 
     def _run_layers(self, embedded: torch.Tensor) -> torch.Tensor:
-        work = self._work
+        work, noted = self._passing.work, self._passing.noted
         assert work is not None
         hidden = embedded if work.hidden is None else work.hidden[None]
         if work.layers.start in work.taps:
             work.tapped[work.layers.start] = hidden[0]
         for index in work.layers:
-            stand_in = self._stand_ins[index]
-            hidden = stand_in.run(hidden, stand_in.noted)
+            hidden = self._stand_ins[index].run(hidden, noted[index])
             if index + 1 in work.taps:
                 work.tapped[index + 1] = hidden[0]
         work.hidden = hidden[0]
         return hidden if work.then is None else work.then(hidden)
 
     def _keep_read(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        work = self._work
+        work = self._passing.work
         assert work is not None
         if self.num_layers + 1 in work.taps:
             work.tapped[self.num_layers + 1] = args[0][0]

@@ -19,7 +19,8 @@ def bet_alike(wanted: Bet, rows: Sequence[PolicyRow], offers: Sequence[Sequence[
         offer = next((offer for offer in some if offer.method == wanted.method), None)
         bound = NO_TREE
         if offer is not None and wanted.tree:
-            bound = subtree(offer.tree, overlap(offer.tree, wanted.tree)).trim(budget, row.max_depth)
+            tree = Tree.chain(len(wanted.tree)) if offer.ahead else wanted.tree
+            bound = subtree(offer.tree, overlap(offer.tree, tree)).trim(budget, row.max_depth)
         budget -= len(bound)
         bets.append(replace(wanted, tree=bound) if bound else None)
     return StepPlan(tuple(bets))

@@ -311,8 +311,8 @@ class Goodput:
     def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
         """See `Policy.observe`."""
         self._step += 1
-        begun = {got.method for got in result.rows if got.method is not None and not got.tree.parents}
-        if begun:  # what such a step took says nothing of plain passes
+        if all(got.method is not None and not got.tree.parents for got in result.rows):
+            # Next tokens were begun, and what such a step took says nothing of plain passes.
             self._seen |= dict.fromkeys((row.seq for row in rows), self._step)
             if self._begun is not None and all(got.method == self._begun.bet.method for got in result.rows):
                 self._ahead.observe(self._begun, sum(result.seconds.values()))
@@ -333,7 +333,7 @@ class Goodput:
             drafter.acceptance.tick()
             if self._step % FRESH == 0:
                 drafter.tell()
-        own = all(got.method is None or row.seq in self._made for row, got in zip(rows, result.rows, strict=True))
+        own = all(not got.drafted or row.seq in self._made for row, got in zip(rows, result.rows, strict=True))
         late = {seq: made.offer.catch_up for seq, made in self._made.items() if made.offer.catch_up}
         off = self.clock.observe(rows, result, late if own else None)
         if own and all(map(_only_decodes, rows)):  # nothing else explains what a step took: it tells if betting pays
