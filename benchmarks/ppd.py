@@ -89,7 +89,7 @@ def main() -> None:
     tokens = encode(prompts, engine.tokenizer)
     counts = sorted({match["candidates"] for match in matches})
     times = [units.measure(engine, counts)]
-    unit = Unit(engine.model.device)
+    unit = Unit(engine.model.devices)
     programs: dict[str, Callable[[Tokens], tuple[float, Tokens]]] = {
         ALL: lambda prompt: plain(engine, prompt, options.max_tokens),
         HALF: lambda prompt: on_half(engine, unit, prompt, options.max_tokens),

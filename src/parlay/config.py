@@ -24,7 +24,7 @@ class EngineConfig:
     Attributes:
         model: A built-in name, a Hugging Face id, a local folder or a `.gguf` file.
         dtype: `auto` takes bfloat16 where the hardware is fast at it, float32 elsewhere.
-        device: `auto` takes CUDA where there is one.
+        device: `auto` takes CUDA where there is one. Several, as in `cuda:0,cuda:1`, share the layers.
         max_num_seqs: Rows that run at a time.
         max_num_batched_tokens: Tokens, known and guessed, in one step; 0 takes 512, or 1024 where layers stream, since
             large trees pay there.

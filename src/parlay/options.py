@@ -91,7 +91,12 @@ def engine_config(
         Dtype,
         _model("Type of weights and activations; auto takes bfloat16 where the hardware is fast at it."),
     ] = _ENGINE.dtype,
-    device: Annotated[str, _model("cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = _ENGINE.device,
+    device: Annotated[
+        str,
+        _model(
+            "cpu, cuda, cuda:N, or several that share the layers: cuda:0,cuda:1; auto takes CUDA where there is one."
+        ),
+    ] = _ENGINE.device,
     max_num_seqs: Annotated[
         int, _capacity("Sequences that run at a time; the others wait.", min=1)
     ] = _ENGINE.max_num_seqs,

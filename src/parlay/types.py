@@ -228,10 +228,15 @@ class Offer:
     catch_up: int = 0
     ahead: bool = False
 
+    @property
+    def shows_odds(self) -> bool:
+        """Whether others can take its guesses in, knowing how likely they are."""
+        return self.tokens is not None and self.confidence is not None
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One bet, or None for none, per row; and the methods whose offers the next plan will not look at."""
+    """One bet, or None for none, per row; and the methods whose offers nobody will look at in the next step."""
 
     bets: tuple[Bet | None, ...]
     resting: Container[str] = ()

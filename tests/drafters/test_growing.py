@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from parlay.bets import Bet, Tree, likely_tree
 from parlay.config import EngineConfig
 from parlay.drafters.base import ShownGuesses
-from parlay.drafters.growing import Growth, Hint
+from parlay.drafters.growing import Growth, Hint, draw_children
 from parlay.engine.engine import Engine
 from parlay.policy.fixed import Fixed
 from parlay.types import Offer, Request, Row, SamplingParams
@@ -52,6 +54,9 @@ def grown(growth: Growth, guesses: dict[int, float]) -> dict[tuple[int, ...], fl
     kept = paths(tree, tokens)
     assert len(kept) <= len(growth.planned)
     assert tree.depth <= growth.planned.depth
+    for parent in {-1, *growth.parents}:
+        siblings = [growth.survival[node] for node, other in enumerate(growth.parents) if other == parent]
+        assert siblings == sorted(siblings, reverse=True), "acceptance is learnt by rank"
     left = [value for path, value in survival.items() if path not in set(kept)]
     assert not left or min(survival[path] for path in kept) >= max(left)
     return {path: survival[path] for path in kept}
@@ -70,7 +75,7 @@ def test_others_guesses_compete_with_its_own() -> None:
     bet = Bet("some", likely_tree(6, 3), free=True)
     alone = grown(Growth(row_of(), bet, ()), {4: 0.5, 5: 0.25})
     assert (4, 4, 4) in alone
-    found = grown(Growth(row_of(), bet, (), Hint.of([chain])), {4: 0.5, 5: 0.25})
+    found = grown(Growth(row_of(), bet, (), [chain]), {4: 0.5, 5: 0.25})
     assert found[9,] == pytest.approx(0.9)
     assert found[9, 4] == pytest.approx(0.81), "its own guess, of which another is surer"
     assert found[9, 4, 9] == pytest.approx(0.729)
@@ -78,13 +83,32 @@ def test_others_guesses_compete_with_its_own() -> None:
     assert found[9, 4, 4] == pytest.approx(0.405), "it goes on behind others' guesses"
 
 
+def test_of_two_estimates_the_higher_one_counts() -> None:
+    bet = Bet("some", likely_tree(2, 1), free=True)
+    found = grown(Growth(row_of(), bet, (), [Offer("shown", Tree.chain(1), (4,), (0.1,))]), {4: 0.5, 5: 0.25})
+    assert found == {(4,): 0.5, (5,): 0.25}
+
+
+def test_a_single_guess_is_the_likeliest_one() -> None:
+    """Of what the drafter and others hold to be likely, whoever else is in the step."""
+    logits = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    bet, shown = Bet("some", Tree.chain(1), free=True), [Offer("shown", Tree.chain(1), (6,), (0.9,))]
+    drafts = []
+    for offers in ([], shown):
+        growth = Growth(row_of(), bet, (), offers)
+        draw_children([growth], logits, None, torch.Generator(), "sequoia")
+        drafts.append(growth.draft("some", None).tokens)
+    assert drafts == [(1,), (6,)]
+
+
 def test_planned_shapes_and_samples_stay_as_they_were() -> None:
-    hint = Hint.of([Offer("shown", Tree.chain(1), (9,), (0.9,))])
+    shown = [Offer("shown", Tree.chain(1), (9,), (0.9,))]
     for row, bet in (
         (row_of(), Bet("some", Tree((-1, -1)))),
         (row_of(SamplingParams(temperature=1)), Bet("some", Tree((-1, -1)), free=True)),
+        (row_of(SamplingParams(temperature=1, seed=3)), Bet("some", Tree((-1, -1)), free=True)),
     ):
-        growth = Growth(row, bet, (), hint)
+        growth = Growth(row, bet, (), shown)
         growth.add(-1, [4, 5], [0.5, 0.25])
         growth.advance(0)
         assert growth.draft("some", None).tokens == (4, 5)
@@ -105,7 +129,7 @@ def test_the_likeliest_of_all_are_kept(data: Any) -> None:
     offer = Offer("shown", Tree(parents), tuple(tokens), tuple(sure))
     size = data.draw(st.integers(1, 12))
     bet = Bet("some", likely_tree(size, data.draw(st.integers(1, min(size, 4)))), free=True)
-    growth = Growth(row_of(), bet, (), Hint.of([offer]))
+    growth = Growth(row_of(), bet, (), [offer])
     grown(growth, guesses)
     shown = {path for path in paths(offer.tree, offer.tokens or ()) if len(path) <= growth.planned.depth}
     assert shown <= set(paths(Tree(tuple(growth.parents)), growth.tokens)), "all of them were looked at"
@@ -127,10 +151,54 @@ class Prophet(ShownGuesses):
         return Offer(self.name, Tree.chain(len(rest)), rest, (0.99,) * len(rest)) if rest else None
 
 
-def test_a_head_that_is_told_the_answer_verifies_it(tmp_path: Path) -> None:
+class Rumour(Prophet):
+    """Says the same and not how sure it is."""
+
+    name = "rumour"
+
+    def guess(self, row: Row) -> Offer | None:
+        """See `ShownGuesses`."""
+        offer = super().guess(row)
+        return None if offer is None else Offer(self.name, offer.tree, offer.tokens)
+
+
+class Stranger(ShownGuesses):
+    """Is sure of a token that only the target has."""
+
+    name = "stranger"
+
+    def __init__(self, token: int) -> None:
+        super().__init__(Tree.chain(2))
+        self.token = token
+
+    def guess(self, row: Row) -> Offer | None:
+        """See `ShownGuesses`."""
+        return Offer(self.name, self.tree, (self.token, self.token), (0.99, 0.99)) if row.max_depth > 1 else None
+
+
+def test_a_draft_model_is_not_led_behind_tokens_that_it_lacks(tmp_path: Path) -> None:
+    target, draft = make_model(tmp_path / "target", "llama"), make_model(tmp_path / "draft", "llama", layers=1)
+    wide = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    wide.resize_token_embeddings(wide.config.vocab_size + 9)
+    wide.save_pretrained(target)
+    config = EngineConfig(
+        str(target), speculation=Bet("draft_model", likely_tree(8, 4)), drafters={"draft_model": str(draft)},
+        dtype="float64", seed=0, self_check=False,
+    )  # fmt: skip
+    engine = Engine(config)
+    engine.drafters.by_name["stranger"] = Stranger(engine.model.vocab_size - 1)
+    engine.policy = Fixed("draft_model", likely_tree(8, 4), free=True)
+    engine.add(Request("0", (1, 2, 3), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert not engine.drafters.failed
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "medusa"])
+def test_a_head_that_is_told_the_answer_verifies_it(drafter: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama")
     config = EngineConfig(
-        str(folder), speculation=Bet("eagle", likely_tree(8, 4)), drafters={"eagle": sources(folder)["eagle"]},
+        str(folder), speculation=Bet(drafter, likely_tree(8, 4)), drafters={drafter: sources(folder)[drafter]},
         dtype="float64", seed=0, self_check=False,
     )  # fmt: skip
     prompts = [tuple(prompt) for prompt in prompts_of(4)]
@@ -147,8 +215,10 @@ def test_a_head_that_is_told_the_answer_verifies_it(tmp_path: Path) -> None:
                 said[delta.request_id] += delta.tokens
         return list(said.values()), steps
 
-    engine.policy = Fixed("eagle", likely_tree(8, 4), free=True)
+    engine.policy = Fixed(drafter, likely_tree(8, 4), free=True)
     plain, slow = answers()
+    engine.drafters.by_name["rumour"] = Rumour(dict(zip(prompts, plain, strict=True)))
+    assert answers() == (plain, slow), "who does not know how likely its guesses are is not heard"
     engine.drafters.by_name["prophet"] = Prophet(dict(zip(prompts, plain, strict=True)))
     told, fast = answers()
     assert told == plain

@@ -32,6 +32,24 @@ def test_what_is_not_worth_it_is_looked_at_now_and_then(count: int) -> None:
     assert 20 <= sum(asked) <= 24
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_whose_guesses_trees_take_in_is_asked_though_nobody_bets_on_it(count: int) -> None:
+    profile = Profile("m", "m", "f", VerifyCost((1, 64), (0.01, 0.011)), {"head": DraftCost(per_level=1e-5)})
+    policy = Goodput(profile)
+    told, head, resting, asked = [], Offer("head", Tree.chain(4)), (), []
+    shows = Offer("shows", Tree.chain(1), (7,), (0.1,))
+    found = Machine(policy, {"shows": 0.0, "head": 0.75}, profile)
+    for _ in range(20 * FRESH):
+        offers = [offer for offer in (shows, head) if offer.method not in resting]
+        plan = found.step(rows(count), offers)
+        resting = plan.resting
+        told.append(any(bet is not None and bet.method == "head" and bet.free for bet in plan.bets))
+        asked.append(shows in offers)
+    later = [said for free, said in zip(told[100:], asked[101:], strict=False) if free]
+    assert len(later) > 10 * FRESH
+    assert all(later)
+
+
 def test_another_load_wakes_all_of_them() -> None:
     found, _ = machine(8, 3)
     plan = found.step(rows(2), [])  # nobody was asked, so this plan sees nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ def measure(engine: Engine, candidates: Sequence[int]) -> Times:
     """Times steps of an idle engine without drafters."""
     layers = engine.model.segments.num_layers
     exits = sorted({min(layers - 1, max(-(-layers // 2), round(share * layers))) for share in SHARES})
-    unit, plain, half = Unit(engine.model.device), list[float](), list[float]()
+    unit, plain, half = Unit(engine.model.devices), list[float](), list[float]()
     steps: dict[tuple[int, int], list[_Step]] = {(exit, count): [] for exit in exits for count in candidates}
     for _ in range(ROUNDS):
         plain += [seconds for seconds, _ in _steps(engine, Off())]
@@ -117,16 +118,14 @@ def measure(engine: Engine, candidates: Sequence[int]) -> Times:
 
 def _per_layer(steps: dict[tuple[int, int], list[_Step]]) -> float:
     """Seconds of a layer before the exit: how time until the exit grows with layers that were run."""
-    ran, seconds = zip(
-        *(
-            (exit, statistics.median(step.exit for step in found if not step.begun))
-            for (exit, _), found in steps.items()
-            if not all(step.begun for step in found)
-        ),
-        strict=True,
-    )
-    mean = statistics.fmean(seconds) / statistics.fmean(ran)
-    slope = float(np.polyfit(ran, seconds, 1)[0]) if len(set(ran)) > 1 else mean
+    by_layers: dict[int, list[float]] = {}
+    for (exit, _), found in steps.items():
+        for step in found:
+            by_layers.setdefault(exit - step.begun, []).append(step.exit)
+    ran, seconds = [*by_layers], [statistics.median(some) for some in by_layers.values()]
+    mean = statistics.fmean(seconds) / max(1.0, statistics.fmean(ran))
+    weights = [math.sqrt(len(some)) for some in by_layers.values()]
+    slope = float(np.polyfit(ran, seconds, 1, w=weights)[0]) if len(ran) > 1 else mean
     return slope if slope > 0 else mean  # a model so small that its layers take no time
 
 

@@ -80,7 +80,11 @@ class Drafter(ABC):
         """What it could bet on each row; host only and cheap. Nothing sampled is drawn here."""
 
     def hear(self, shown: Mapping[int, Sequence[Offer]]) -> None:  # noqa: B027
-        """Called before `draft`: by row, what others show and how sure they are of it. Its trees may take that in."""
+        """Called before a `draft` in which trees are free, as these may take in what others show and how sure they are.
+
+        Args:
+            shown: By the number of each row of the step, bound to it or not.
+        """
 
     @abstractmethod
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> Sequence[Draft | None]:
@@ -224,7 +228,7 @@ class Drafters:
         return offers
 
     def draft(
-        self, rows: Sequence[Row], plan: StepPlan, budget: int, offers: Sequence[Sequence[Offer]] = ()
+        self, rows: Sequence[Row], plan: StepPlan, budget: int, offers: Sequence[Sequence[Offer]]
     ) -> list[Draft | None]:
         """Lets each drafter guess for the rows that were bound to it, all of them at once; `budget` as for each.
 
@@ -232,19 +236,21 @@ class Drafters:
             rows: Of the step.
             plan: Their bets.
             budget: See `Drafter.draft`.
-            offers: Per row, what was offered in this step.
+            offers: Per row, what was offered in this step, for trees that are free.
         """
         drafts: list[Draft | None] = [None] * len(rows)
-        shown = {
-            row.seq: [offer for offer in some if offer.tokens is not None and offer.confidence is not None]
-            for row, some in zip(rows, offers, strict=False)
-        }
+        shown: dict[int, list[Offer]] = {}
+        if any(bet is not None and bet.free for bet in plan.bets):
+            shown = {
+                row.seq: [offer for offer in some if offer.shows_odds] for row, some in zip(rows, offers, strict=True)
+            }
         for drafter in self._working():
             bound = [(i, bet) for i, bet in enumerate(plan.bets) if bet is not None and bet.method == drafter.name]
             if not bound:
                 continue
             with self._or_off(drafter):
-                drafter.hear(shown)
+                if shown:
+                    drafter.hear(shown)
                 guesses = drafter.draft([rows[i] for i, _ in bound], [bet for _, bet in bound], budget)
                 for (_, bet), draft in zip(bound, guesses, strict=True):
                     small = draft is None or (len(draft.tree) <= len(bet.tree) and draft.tree.depth <= bet.tree.depth)

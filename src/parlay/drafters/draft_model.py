@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,7 +16,7 @@ from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compilable, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.model import LoadedModel, TargetModel, load_model
-from parlay.types import Row
+from parlay.types import Offer, Row
 
 
 class DraftModel(LevelDrafter):
@@ -77,6 +77,12 @@ class DraftModel(LevelDrafter):
         strange = strange or any(token >= self._tokens for token in row.tokens[done : row.length])
         self._looked_at[row.seq] = row.length, strange
         return 0 if strange else max(0, min(row.max_depth, self._loaded.context - row.length))
+
+    def hear(self, shown: Mapping[int, Sequence[Offer]]) -> None:
+        """See `Drafter`. It cannot go on behind tokens that it does not have."""
+        super().hear(
+            {seq: [offer for offer in some if max(offer.tokens or (0,)) < self._tokens] for seq, some in shown.items()}
+        )
 
     def forget(self, seq: int) -> None:
         """See `Drafter`."""

@@ -67,10 +67,10 @@ class Growth:
         row: The row.
         bet: What was planned for it.
         eos: End-of-sequence ids of the target.
-        hint: What others show behind the last known token; taken where the tree is free.
+        shown: What others show behind the last known token; taken in where the tree is free.
         parents: Of each node so far, -1 for the root's children.
         tokens: Of each node.
-        survival: Of each node, the product of the drafter's probabilities along its path.
+        survival: Of each node, the product of how likely the tokens along its path are held to be.
         ran: Nodes that the drafter has run, in order; each has a scratch slot behind the known tokens.
         frontier: Nodes whose children are drawn next, -1 for the root.
         probs: What the children of each node with children were drawn from, where they were sampled.
@@ -80,7 +80,7 @@ class Growth:
     row: Row
     bet: Bet
     eos: Sequence[int]
-    hint: Hint = field(default_factory=Hint)
+    shown: Sequence[Offer] = ()
     parents: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Growth:
 
     def __post_init__(self) -> None:
         self.is_free = self.bet.free and self.mode == "greedy"
-        self.hinted = {-1: self.hint} if self.is_free else {}
+        self.hinted = {-1: Hint.of(self.shown)} if self.is_free and self.shown else {}
         self.planned = by_levels(self.bet.tree)
         self.places = self.planned.children()
 
@@ -105,11 +105,11 @@ class Growth:
         return self.row.request.params.mode
 
     def branches(self, node: int) -> int:
-        """How many children a node gets."""
+        """How many children the drafter gives a node."""
         return min(BRANCH, len(self.planned)) if self.is_free else len(self.places.get(node, ()))
 
     def add(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
-        """Puts children behind a node, in draw order."""
+        """Puts children behind a node, in draw order; where others show some as well, the likeliest first."""
         assert self.is_free or len(tokens) == len(self.places[parent]), "fewer tokens than planned siblings"
         hints = self.hinted.pop(parent).after if parent in self.hinted else {}
         shares = dict(zip(tokens, probabilities, strict=True))
@@ -119,7 +119,7 @@ class Growth:
             order = sorted(shares, key=lambda token: -shares[token])
         before = self.survival[parent] if parent >= 0 else 1.0
         for token in order:
-            if token in hints:
+            if token in hints and hints[token].after:
                 self.hinted[len(self.tokens)] = hints[token]
             self.parents.append(parent)
             self.tokens.append(token)
@@ -220,8 +220,9 @@ def draw_children(
         counts = [growth.branches(node) for growth, node in some]
         chosen = logits if len(members) == len(lines) else logits[torch.tensor(members, device=logits.device)]
         paths = [growth.path(node) for growth, node in some]
-        if mode == "greedy" and max(counts) == 1 and all(path.is_plain for path in paths):
-            found = argmax(chosen)[:, None]  # nobody asks how sure it is: one child is no tree
+        told = any(node in growth.hinted for growth, node in some)
+        if mode == "greedy" and max(counts) == 1 and not told and all(path.is_plain for path in paths):
+            found = argmax(chosen)[:, None]  # nobody asks how sure it is: one child has no rival
             tokens = found if ids is None else ids[found]
             drawn |= {line: (row, [1.0]) for line, row in zip(members, tokens.tolist(), strict=True)}
             continue

@@ -11,7 +11,7 @@ import torch
 from parlay.bets import Bet, Tree
 from parlay.drafters.base import Drafter
 from parlay.drafters.coverage import Coverage
-from parlay.drafters.growing import Growth, Hint, draw_children
+from parlay.drafters.growing import Growth, draw_children
 from parlay.engine.batch import Draft, ForwardBatch, PackedRow, join, pack_row
 from parlay.engine.model import TargetModel
 from parlay.types import Offer, Row, RowResult
@@ -92,7 +92,8 @@ class LevelDrafter(Drafter):
     @torch.inference_mode()
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         """See `Drafter`."""
-        growths, logits = self._read(rows, bets, budget)
+        shown, self._shown = self._shown, {}
+        growths, logits = self._read(rows, bets, budget, shown)
         growing = list(growths.values())
         while growing:
             lines = [(growth, node) for growth in growing for node in growth.frontier]
@@ -109,7 +110,9 @@ class LevelDrafter(Drafter):
         found = {seq: growth.draft(self.name, self.ids) for seq, growth in growths.items()}
         return [found.get(row.seq) for row in rows]
 
-    def _read(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> tuple[dict[int, Growth], torch.Tensor]:
+    def _read(
+        self, rows: Sequence[Row], bets: Sequence[Bet], budget: int, shown: Mapping[int, Sequence[Offer]]
+    ) -> tuple[dict[int, Growth], torch.Tensor]:
         """Reads known tokens, where there are few first.
 
         Returns:
@@ -145,7 +148,7 @@ class LevelDrafter(Drafter):
                 row,
                 replace(bet, tree=bet.tree.trim(len(bet.tree), reach[row.seq])),
                 self.eos,
-                Hint.of(self._shown.get(row.seq, ())),
+                shown.get(row.seq, ()),
             )
             for row, bet in zip(rows, bets, strict=True)
             if row.seq in done

@@ -44,6 +44,7 @@ class Medusa(Drafter):
         self.ids = None if heads.ids.equal(every) else heads.ids
         self.bytes_per_position = heads.shape.hidden * target.dtype.itemsize
         self._generator = torch.Generator(target.device).manual_seed(seed)
+        self._shown: Mapping[int, Sequence[Offer]] = {}
 
     @classmethod
     def for_target(cls, tree: Tree, target: LoadedModel, source: str | None) -> Self:
@@ -75,14 +76,19 @@ class Medusa(Drafter):
         trees = [self.tree.trim(len(self.tree), self.reach(row)) for row in rows]
         return [Offer(self.name, tree) if tree else None for tree in trees]
 
+    def hear(self, shown: Mapping[int, Sequence[Offer]]) -> None:
+        """See `Drafter`. Trees that are free take these guesses in."""
+        self._shown = shown
+
     @torch.inference_mode()
     def draft(self, rows: Sequence[Row], bets: Sequence[Bet], budget: int) -> list[Draft | None]:
         """See `Drafter`. There is nothing to catch up with."""
         del budget
+        shown, self._shown = self._shown, {}
         growths: list[Growth] = []
         for row, bet in zip(rows, bets, strict=True):
             if tree := bet.tree.trim(len(bet.tree), self.reach(row)):
-                growths.append(Growth(row, replace(bet, tree=tree), self.eos))
+                growths.append(Growth(row, replace(bet, tree=tree), self.eos, shown.get(row.seq, ())))
         if not growths:
             return [None] * len(rows)
         line_of = {growth.row.seq: line for line, growth in enumerate(growths)}

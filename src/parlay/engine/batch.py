@@ -8,7 +8,7 @@ len(tokens) - 1 + depth. It sees all known tokens, its ancestors and itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -84,6 +84,11 @@ class ForwardBatch:
     slots: torch.Tensor
     reads: torch.Tensor
     first_read: tuple[int, ...]
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same on another device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "slots", "reads")}
+        return replace(self, **tensors)
 
 
 def ancestors(tree: Tree) -> np.ndarray:

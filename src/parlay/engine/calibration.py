@@ -198,7 +198,7 @@ def _fitted(
     rest = {shape: seconds for shape, seconds in measured.items() if shape not in apart}
     errors = relative_errors(_fit(rest or measured), *_columns({shape: measured[shape] for shape in apart or measured}))
     profile = Profile(
-        hardware=hardware(engine.model.device),
+        hardware=hardware(engine.model.devices),
         model=engine.config.model,
         dtype=str(engine.model.dtype).removeprefix("torch."),
         verify=_fit(measured),
@@ -221,10 +221,10 @@ def _columns(measured: Mapping[Shape, float]) -> tuple[Ints, Ints, Ints, Floats]
     return new, rows, context, np.array([*measured.values()])
 
 
-def hardware(device: torch.device) -> str:
+def hardware(devices: Sequence[torch.device]) -> str:
     """What steps run on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if devices[0].type == "cuda":
+        return " + ".join(torch.cuda.get_device_name(device) for device in devices)
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

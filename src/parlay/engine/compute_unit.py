@@ -1,4 +1,4 @@
-"""Where else to compute: a thread with half of the cores, or with a CUDA stream of its own."""
+"""Where else to compute: a thread with half of the cores, or with a CUDA stream of its own on each device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -15,21 +16,21 @@ Moment = float | torch.cuda.Event
 
 
 class Unit:
-    """Where candidates are begun: a thread with half of the cores, or with a CUDA stream of its own.
+    """Where candidates are begun: a thread with half of the cores, or with a CUDA stream of its own on each device.
 
     Args:
-        device: The target's.
+        devices: The target's, the one first where its steps begin and end.
 
     Raises:
         ValueError: where there is but one core.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._thread = device, ThreadPoolExecutor(1, thread_name_prefix="parlay-ahead")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._device, self._thread = devices[0], ThreadPoolExecutor(1, thread_name_prefix="parlay-ahead")
+        self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
         self._cores = cores()
         self._all = torch.get_num_threads()  # of the target's where nothing is begun
-        if self._stream is None:
+        if not self._streams:
             if len(self._cores) < 2:
                 raise ValueError("ppd needs a second core, on which to begin the next token; it would only take turns")
             self._thread.submit(self._settle).result()
@@ -38,7 +39,7 @@ class Unit:
 
     def take(self) -> None:
         """From now on the target computes with the other half of the cores."""
-        if self._stream is None and not self._taken:
+        if not self._streams and not self._taken:
             self._taken = True
             torch.set_num_threads(max(1, self._all - self._all // 2))
             self._pin(self._cores[: -(len(self._cores) // 2)])
@@ -52,40 +53,42 @@ class Unit:
 
     def now(self) -> Moment:
         """Called by the target: when all is done that it has handed out so far."""
-        if self._stream is None:
+        if not self._streams:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def run(self, work: Callable[[], T]) -> Future[T]:
-        """Starts work on what the target's stream has handed out so far; its result waits for all of it."""
-        if self._stream is None:
+        """Starts work on what the target's streams have handed out so far; its result waits for all of it."""
+        if not self._streams:
             return self._thread.submit(torch.inference_mode()(work))
-        stream, current = self._stream, torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
 
         @torch.inference_mode()
         def beside() -> T:
-            with torch.cuda.stream(stream):
+            with ExitStack() as scope:
+                for stream in reversed(self._streams):  # the first device is then the current one
+                    scope.enter_context(torch.cuda.stream(stream))
                 return work()
 
         return self._thread.submit(beside)
 
     def pace(self) -> None:
         """Called on the unit: returns when what it has handed out is done, so that it knows how far it is."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        for stream in self._streams:
+            stream.synchronize()
 
     def await_target(self) -> None:
         """Called by the target: returns when what it has handed out is done."""
-        if self._stream is not None:
+        if self._streams:
             torch.cuda.current_stream(self._device).synchronize()
 
     def join(self) -> None:
         """Has what the target hands out from now on wait for all that the unit has."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def close(self) -> None:
         """Ends its thread."""

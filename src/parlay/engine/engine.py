@@ -23,8 +23,9 @@ from parlay.engine.checkpoint import resolve
 from parlay.engine.compiling import Compiling, whole_model
 from parlay.engine.kv import PagedKV
 from parlay.engine.laps import Laps
-from parlay.engine.model import LoadedModel, TargetModel, load_model, move_all_but_layers
+from parlay.engine.model import LoadedModel, TargetModel, load_model
 from parlay.engine.output import OutputStream
+from parlay.engine.placement import bring
 from parlay.engine.sampling import FreshDraws
 from parlay.engine.scheduler import Scheduler
 from parlay.engine.tokenizer import Tokenizer
@@ -80,8 +81,8 @@ class Engine:
         strict = config.parity == "strict"
         loaded = load_model(resolve(config.model), config)
         expected = self_check.reference(loaded) if config.self_check else None
-        if config.offload is not None:
-            move_all_but_layers(loaded)
+        if config.offload is not None or len(loaded.devices) > 1:
+            bring(loaded.model, loaded.layers, loaded.device, () if config.offload else loaded.places)
         self.eos = loaded.eos
         self.vocab_size = int(loaded.config.vocab_size)
         longest = _max_model_len(config, loaded)
@@ -359,12 +360,18 @@ def _num_pages(config: EngineConfig, loaded: LoadedModel, max_model_len: int, be
 
     Drafters take `beside` bytes for every position.
     """
-    page_bytes = (PagedKV.bytes_per_position(loaded.shapes, loaded.dtype) + beside) * config.page_size
+    page_bytes = dict.fromkeys(loaded.devices, 0)
+    for shape, device in zip(loaded.shapes, loaded.places, strict=True):
+        page_bytes[device] += PagedKV.bytes_per_position([shape], loaded.dtype) * config.page_size
+    page_bytes[loaded.device] += beside * config.page_size
     if config.kv_cache_memory is not None:
-        return config.kv_cache_memory // page_bytes
-    if loaded.device.type == "cuda":
-        memory = int((torch.cuda.mem_get_info(loaded.device)[0] - (config.memory_budget or 0)) * 0.8)
-    else:
-        memory = psutil.virtual_memory().available // 4
+        return config.kv_cache_memory // sum(page_bytes.values())
     useful = config.max_num_seqs * -(-max_model_len // config.page_size)
-    return 1 + min(useful, memory // page_bytes)
+    return 1 + min(useful, *(_kv_memory(config, device) // size for device, size in page_bytes.items()))
+
+
+def _kv_memory(config: EngineConfig, device: torch.device) -> int:
+    """Bytes of a device that the KV pool may take."""
+    if device.type == "cuda":
+        return int((torch.cuda.mem_get_info(device)[0] - (config.memory_budget or 0)) * 0.8)
+    return psutil.virtual_memory().available // 4

@@ -23,6 +23,13 @@ class PagedKV:
     """Keys and values of every layer by slot, side by side, so that one gather fetches both.
 
     Pools start zeroed: a masked position is still multiplied by its weight of 0, which only a finite value survives.
+
+    Args:
+        layers: What each keeps.
+        num_pages: Pages of each pool.
+        page_size: Positions per page.
+        dtype: Of keys and values.
+        devices: One for all layers, or each layer's.
     """
 
     def __init__(
@@ -31,18 +38,22 @@ class PagedKV:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: torch.device | Sequence[torch.device],
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self._dtype, self._device = dtype, device
+        places = [devices] * len(layers) if isinstance(devices, torch.device) else devices
+        self._dtype, self._device = dtype, places[0]
         sizes = [(num_pages, page_size, s.heads, s.key_size + s.value_size) for s in layers]
-        self.pools = [_zeros(size, dtype, device) for size in sizes]
+        self.pools = [_zeros(size, dtype, device) for size, device in zip(sizes, places, strict=True)]
         self.slots = [pool.flatten(0, 1) for pool in self.pools]  # the same memory, slot by slot
         self.keys = [slots[..., : s.key_size] for slots, s in zip(self.slots, layers, strict=True)]
         self.values = [slots[..., s.key_size :] for slots, s in zip(self.slots, layers, strict=True)]
 
     def keep_beside(self, width: int) -> torch.Tensor:
-        """One more vector per slot, for whoever needs it: [slots, width], zeroed, moved and copied as keys are."""
+        """One more vector per slot, for whoever needs it: [slots, width], zeroed, moved and copied as keys are.
+
+        It lies where the first layer's keys are.
+        """
         pool = _zeros((self.num_pages, self.page_size, 1, width), self._dtype, self._device)
         self.pools.append(pool)
         self.slots.append(pool.flatten(0, 1))
@@ -77,9 +88,12 @@ class PagedKV:
 
 
 def _copy(tensors: Sequence[torch.Tensor], sources: Sequence[int], destinations: Sequence[int]) -> None:
-    source = torch.tensor(sources, device=tensors[0].device)
-    destination = torch.tensor(destinations, device=tensors[0].device)
+    both = {
+        device: (torch.tensor(sources, device=device), torch.tensor(destinations, device=device))
+        for device in {tensor.device for tensor in tensors}
+    }
     for tensor in tensors:
+        source, destination = both[tensor.device]
         tensor.index_copy_(0, destination, tensor.index_select(0, source))
 
 

@@ -26,6 +26,7 @@ from parlay.engine.gathered import GatheredAttention
 from parlay.engine.kv import KVShape, PagedKV
 from parlay.engine.path_attention import DTYPES, PathAttention
 from parlay.engine.pipelined import Pipeline
+from parlay.engine.placement import devices, gathered_everywhere, spread, strict_everywhere
 from parlay.engine.products import pack_products
 from parlay.engine.segments import SegmentedModel, SegmentOutput
 from parlay.engine.streaming import stream
@@ -65,9 +66,15 @@ class LoadedModel:
     shapes: tuple[KVShape, ...]
     calls: tuple[AttentionCall, ...]
     returns_tuple: bool
-    device: torch.device
+    device: torch.device  # of all but layers
+    places: tuple[torch.device, ...]  # of each layer
     dtype: torch.dtype
     made_of: str  # changes when the files that it was loaded from do
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that it is on, the one first where a step begins and ends."""
+        return tuple(dict.fromkeys((self.device, *self.places)))
 
     @property
     def context(self) -> int:
@@ -99,11 +106,15 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         UnsupportedModel: in a sentence, for an architecture that could not be served exactly.
         CheckpointError: when the checkpoint cannot be had or read.
     """
-    device = _device(config.device)
+    over = devices(config.device)
+    device = over[0]
+    if config.offload and len(over) > 1:
+        raise ValueError("offload: layers stream to one device; name one of them as device, or leave offload out")
     dtype = fastest_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if not source.gguf_file:
         _refuse_if(_config_refusal(source))
-    home = torch.device("cpu") if config.offload else device  # layers that stream are never all on the device
+    # Layers that stream, or that several devices share, are never all on the device.
+    home = torch.device("cpu") if config.offload or len(over) > 1 else device
     model, tokenizer = load(source, dtype, home, attn_implementation="eager")
     _refuse_if(refusal(model.config))
     if config.parity == "strict" and any(getattr(model.config, name, None) for name in _EXPERTS):
@@ -140,6 +151,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         calls=tuple(probe.calls[i] for i in range(len(layers))),
         returns_tuple=returns_tuple[0],
         device=device,
+        places=spread(len(layers), over),
         dtype=dtype,
         made_of=fingerprint(source),
     )
@@ -178,17 +190,6 @@ def _layer_list(model: Any) -> nn.ModuleList:
     return found[0]
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device: {name!r} is none of auto, cpu, cuda and cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: this machine has no CUDA device that PyTorch can use; choose cpu")
-    return torch.device(name)
-
-
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else the fastest type that is safe."""
     if device.type == "cuda":
@@ -216,7 +217,7 @@ class TargetModel:
         offload: Offload | None = None,
         memory_budget: int = 0,
     ) -> None:
-        self.device, self.dtype = loaded.device, loaded.dtype
+        self.device, self.devices, self.dtype = loaded.device, loaded.devices, loaded.dtype
         self.vocab_size, self.eos = int(loaded.config.vocab_size), loaded.eos
         packs = self.device.type == "cpu"
         self.streamed = None
@@ -227,14 +228,18 @@ class TargetModel:
             pack_products(loaded.model)
             native.give_back_memory()
         self.by_paths = self.device.type == "cpu" and self.dtype in DTYPES and native.load()
-        self.attention = PathAttention if self.by_paths else GatheredAttention
+        self._spread = len(self.devices) > 1
+        whole = PathAttention if self.by_paths else GatheredAttention
+        self.attention = gathered_everywhere if self._spread else whole
         self.products = ParallelProducts(loaded.model) if strict else None
-        self._shapes, self._calls = loaded.shapes, loaded.calls
+        self._shapes, self._calls, self._places = loaded.shapes, loaded.calls, loaded.places
         self._about = loaded.config.to_json_string(use_diff=False)
-        self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.device)
+        self.kv = PagedKV(loaded.shapes, num_pages, page_size, loaded.dtype, loaded.places)
         loaded.model.set_attn_implementation(attention.NAME)
         self.pipeline: Pipeline | None = None  # how steps run that begin the next token
         self.segments = SegmentedModel(loaded.model, loaded.layers, loaded.returns_tuple)
+        if self._spread:
+            self.segments.place(loaded.places)
         if self.streamed is not None:
             self.segments.before_each(self.streamed.bring)
 
@@ -250,7 +255,7 @@ class TargetModel:
     @contextmanager
     def borrowed_kv(self, num_pages: int, page_size: int) -> Iterator[None]:
         """A KV pool of its own for what must not touch the real one."""
-        own, self.kv = self.kv, PagedKV(self._shapes, num_pages, page_size, self.dtype, self.device)
+        own, self.kv = self.kv, PagedKV(self._shapes, num_pages, page_size, self.dtype, self._places)
         try:
             yield
         finally:
@@ -297,7 +302,8 @@ class TargetModel:
         """[T, hidden] before the norm, and after each tapped layer, from passes of one shape."""
         outs = []
         for tile in tiles(rows, drafts, self.kv.page_size, self.device):
-            with forward_batch(StrictAttention(self.kv, tile)):
+            attend = strict_everywhere if self._spread else StrictAttention
+            with forward_batch(attend(self.kv, tile)):
                 outs.append(self.segments(tile.tokens, tile.positions, taps=taps))
         count = sum(row.count + (len(draft.tree) if draft else 0) for row, draft in zip(rows, drafts, strict=True))
         tapped = {tap: torch.cat([out.taps[tap] for out in outs])[:count] for tap in taps}
@@ -365,14 +371,6 @@ class TargetModel:
         if moves:
             sources, destinations = zip(*moves, strict=True)
             self.kv.move(sources, destinations)
-
-
-def move_all_but_layers(loaded: LoadedModel) -> None:
-    """Brings what surrounds layers that stream to the device, into memory of its own: nothing holds the checkpoint."""
-    inside = {module for layer in loaded.layers for module in layer.modules()}
-    for module in set(loaded.model.modules()) - inside:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = tensor.to(loaded.device, copy=True)
 
 
 def _folder(loaded: LoadedModel) -> Path:

@@ -98,7 +98,7 @@ class Lane:
         self._attention = model.attention(model.kv, batch)
         with forward_batch(self._attention):
             state, self._noted = self._segments.begin(batch.tokens, batch.positions)
-        self.layer, self.hidden = 0, state[None]
+        self.layer, self.hidden, self._home = 0, state[None], state.device
         self.tapped: dict[int, torch.Tensor] = {0: state} if 0 in taps else {}
 
     def advance(self, end: int, enough: threading.Event | None = None, pace: Callable[[], None] = lambda: None) -> None:
@@ -109,7 +109,7 @@ class Lane:
                 pace()
                 self.layer += 1
                 if self.layer in self._wanted:
-                    self.tapped[self.layer] = self.hidden[0]
+                    self.tapped[self.layer] = self.hidden[0].to(self._home)
 
     def resume(self, layer: int, hidden: torch.Tensor, tapped: Mapping[int, torch.Tensor]) -> None:
         """Goes on behind layers that were done elsewhere. hidden, tapped: [T, hidden]."""
@@ -125,7 +125,8 @@ class Pipeline:
     """Runs steps of one token a row with a head start for the next one.
 
     Args:
-        model: The target. The unit is a thread with half of the cores on CPU, and a stream of its own on CUDA.
+        model: The target. The unit is a thread with half of the cores on CPU, and a stream of its own on CUDA. Where
+            layers are on several devices, the first one begins next tokens while those behind it finish this one.
         exit_layer: Layers after which candidates are read off; at least half of them, so that a unit never needs a
             candidate of its own.
         part: What a trained exit does to the state in front of the norm and the vocabulary.
@@ -141,7 +142,7 @@ class Pipeline:
         self._starts: dict[int, HeadStart] = {}
         if model.by_paths:
             native.load_programs()  # which takes half a minute the first time
-        self._unit = Unit(model.device)
+        self._unit = Unit(model.devices)
         self.tally = Tally()
 
     def fits(self, rows: Sequence[Row]) -> bool:
@@ -170,8 +171,8 @@ class Pipeline:
         self._unit.take()
         lane = self._resumed(rows, taps)
         lane.advance(self._exit)
+        state = lane.hidden[0].to(self._model.device)
         at_exit, enough = self._unit.now(), threading.Event()
-        state = lane.hidden[0]
         begun = self._unit.run(lambda: self._begin(rows, candidates, state, taps, enough))
         try:
             lane.advance(self._model.segments.num_layers)

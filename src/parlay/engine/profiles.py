@@ -42,7 +42,7 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
     try:
         if path.exists():
             found = Profile.load(path)
-            if found.hardware == hardware(engine.model.device):
+            if found.hardware == hardware(engine.model.devices):
                 return found
             logger.warning("%s was measured on %s, so it is measured again", path, found.hardware)
     except ValueError as error:
@@ -92,7 +92,7 @@ def stored(engine: Engine) -> Path:
     """Where the profile of such an engine is kept. What changes steps' costs changes the name."""
     model, config = engine.model, engine.config
     about = (
-        hardware(model.device), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
+        hardware(model.devices), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
         config.max_num_seqs, config.offload, config.memory_budget,
         sorted(engine.drafters.by_name), sorted(engine.drafters.sources.items()), _begun(engine), torch.__version__,
         native.key(),

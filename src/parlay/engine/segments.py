@@ -57,11 +57,26 @@ class _Passing(threading.local):
     Attributes:
         work: Of the segment under way.
         noted: How each layer was called in the thread's last pass.
+        went: By device, what went there of what this pass calls layers with; see `_brought`.
     """
 
     def __init__(self, layers: int) -> None:
         self.work: _Work | None = None
         self.noted: list[Noted] = [((), {})] * layers
+        self.went: dict[torch.device, dict[int, tuple[Any, Any]]] = {}
+
+
+def _brought(value: Any, device: torch.device, done: dict[int, tuple[Any, Any]]) -> Any:
+    """What a layer is called with, its tensors on the layer's device; `done` has each tensor that went there."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in done:
+            done[id(value)] = value, value.to(device)  # the original is kept, so that its id stays its own
+        return done[id(value)][1]
+    if isinstance(value, tuple | list):
+        return type(value)(_brought(some, device, done) for some in value)
+    if isinstance(value, dict):
+        return {key: _brought(some, device, done) for key, some in value.items()}
+    return value
 
 
 class _StandIn(nn.Module):
@@ -74,15 +89,21 @@ class _StandIn(nn.Module):
         self.then: Callable[[torch.Tensor], torch.Tensor] | None = None  # what the last one does with the hidden state
         self.program: Program | None = None
         self.before: Callable[[], None] | None = None  # brings its weights
+        self.device: torch.device | None = None  # where it is, if not all layers are at one place
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
-        self.passing.noted[self.index] = args, kwargs
+        noted = args, kwargs
+        if self.device is not None:
+            noted = _brought(noted, self.device, self.passing.went.setdefault(self.device, {}))
+        self.passing.noted[self.index] = noted
         hidden = hidden_states if self.then is None else self.then(hidden_states)
         return (hidden,) if self.returns_tuple else hidden
 
     def run(self, hidden: torch.Tensor, noted: Noted, *, freely: bool = False) -> torch.Tensor:
         if self.before is not None:
             self.before()
+        if self.device is not None:
+            hidden = hidden.to(self.device)
         if self.program is not None and (done := self.program(hidden, noted, freely=freely)) is not None:
             return done
         args, kwargs = noted
@@ -144,6 +165,11 @@ class SegmentedModel:
         for index, stand_in in enumerate(self._stand_ins):
             stand_in.before = partial(bring, index)
 
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Says where each layer is; what a pass is given and gives is where the embedding is."""
+        for stand_in, device in zip(self._stand_ins, devices, strict=True):
+            stand_in.device = device
+
     @contextmanager
     def using(self, programs: Sequence[Program]) -> Iterator[None]:
         """Runs each layer by its program for a while."""
@@ -185,6 +211,7 @@ class SegmentedModel:
             then=then,
         )
         self._passing.work = work
+        self._passing.went.clear()
         logits = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0]
         assert work.hidden is not None
         return SegmentOutput(work.hidden, work.tapped, logits)
@@ -192,13 +219,14 @@ class SegmentedModel:
     def _run_layers(self, embedded: torch.Tensor) -> torch.Tensor:
         work, noted = self._passing.work, self._passing.noted
         assert work is not None
-        hidden = embedded if work.hidden is None else work.hidden[None]
+        home, hidden = embedded.device, embedded if work.hidden is None else work.hidden[None]
         if work.layers.start in work.taps:
             work.tapped[work.layers.start] = hidden[0]
         for index in work.layers:
             hidden = self._stand_ins[index].run(hidden, noted[index])
             if index + 1 in work.taps:
-                work.tapped[index + 1] = hidden[0]
+                work.tapped[index + 1] = hidden[0].to(home)
+        hidden = hidden.to(home)
         work.hidden = hidden[0]
         return hidden if work.then is None else work.then(hidden)
 

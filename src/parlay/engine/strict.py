@@ -75,6 +75,10 @@ class Tile:
     slots: torch.Tensor
     context: torch.Tensor
 
+    def to(self, device: torch.device) -> Tile:
+        """The same on another device."""
+        return Tile(*(tensor.to(device) for tensor in (self.tokens, self.positions, self.slots, self.context)))
+
 
 def tiles(rows: Sequence[Row], drafts: Sequence[Draft | None], page_size: int, device: torch.device) -> Iterator[Tile]:
     """Cuts a step into tiles, in packed order, so that a token's path is always written before or with it."""

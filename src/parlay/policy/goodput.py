@@ -88,6 +88,7 @@ class Goodput:
         self._rates: dict[int, float] = {}  # tokens per second of a row, by that
         self._worth: dict[str, int] = {}  # method -> the last plan that bet on it
         self._resting: set[str] = set()  # methods that are not looked at before the next fresh plan
+        self._telling: set[str] = set()  # methods whose guesses trees of others take in
         self._hidden: frozenset[str] = frozenset()  # those whose offers this plan does not see
         self._again = False  # the next plan is a fresh one
         self._quick: Quick | None = None  # for a few rows, until the next fresh plan
@@ -128,7 +129,8 @@ class Goodput:
             self._made = {}
             self.expected = Expected(float(emitting), expected.seconds_off, expected.seconds_off)
         soon = self._again or (self._plans + 1) % FRESH == 0 or any(_wishes(row) for row in rows)
-        self._hidden = frozenset() if soon else frozenset(self._resting)
+        heard = self._telling if any(made.bet.free for made in self._made.values()) else ()
+        self._hidden = frozenset() if soon else frozenset(self._resting.difference(heard))
         if all(beginning) and not (plain or self._probing):
             self._begun = self._better(rows, beginning)
         if self._begun is not None:
@@ -184,6 +186,7 @@ class Goodput:
             if len(bought.value):
                 self._worth[method.method] = self._plans
         if fresh:
+            self._telling |= {offer.method for some in offers for offer in some if offer.shows_odds}
             idle = (method for method in methods if self._plans - self._worth.get(method.method, -FRESH) >= FRESH)
             self._resting = {m.method for m in idle if emitting >= MANY or m.candidates.pays_for_levels}
         if load != plain:

@@ -277,7 +277,7 @@ def serve(
         monitor = Monitor(engine)
         app = create_app(worker, names=names, api_key=api_key, max_body_bytes=max_body_bytes, monitor=monitor)
         precision = str(engine.model.dtype).removeprefix("torch.")
-        ready = f"{names[0]} ({precision}, {engine.model.device}) is ready at {_url(listener)}"
+        ready = f"{names[0]} ({precision}, {', '.join(map(str, engine.model.devices))}) is ready at {_url(listener)}"
         server = GracefulServer(
             app,
             worker,

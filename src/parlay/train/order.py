@@ -40,7 +40,7 @@ class Order:
         divergence: From the target's distribution.
         int8: Write matrices in int8, else in float16; a `draft_model` in bfloat16, else in float16.
         seed: Decides what is random, but for what recording samples: that also hangs on which rows run together.
-        device: What to run on; see `EngineConfig`.
+        device: What to run on, one device; see `EngineConfig`.
         compile: Whether to compile the target's layers for recording; see `EngineConfig`.
     """
 

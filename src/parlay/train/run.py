@@ -108,6 +108,8 @@ def train(order: Order) -> Card:
     """
     began = time.monotonic()
     _check(order)
+    if "," in order.device:
+        raise ValueError(f"device: {order.device!r} names several, and training runs on one")
     target = load_model(resolve(order.model), EngineConfig(order.model, dtype="float32", device=order.device))
     taps = MAKERS[order.kind].taps(order, len(target.shapes))
     prints = hashlib.sha256("\n".join(order.prompts).encode()).hexdigest() if order.prompts else ""
