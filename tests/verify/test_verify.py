@@ -98,13 +98,13 @@ def test_a_correct_server_passes_by_its_own_first_tokens(server: Server) -> None
 class WithoutResidual(Acceptor):
     """What follows a rejection is drawn as if nothing had been guessed."""
 
-    def _residual(self, walks: Sequence[Any], target: torch.Tensor) -> torch.Tensor:
+    def _residual(self, walks: Sequence[Any], target: torch.Tensor) -> list[int]:
         found = []
         for walk, line in zip(walks, target, strict=True):
-            offered, guess = walk.proposal(line), walk.options[0]
+            offered, guess = walk.proposal, walk.options[0]
             accepted = torch.rand(()) < line[guess] / offered[guess]
             found.append(guess if accepted else int(torch.multinomial(line, 1)))
-        return torch.tensor(found)
+        return found
 
 
 class Likeliest(FreshDraws):

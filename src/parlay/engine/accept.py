@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from parlay.bets import NO_TREE
+from parlay.engine import siblings
 from parlay.engine.batch import Draft
 from parlay.engine.sampling import Draws, Path, argmax, process
 from parlay.types import Row, RowResult, TokenLogprobs
@@ -83,12 +84,17 @@ class _Walk:
         """Whether the current node has children that were sampled."""
         return self.draft is not None and self.draft.probs is not None and self.node in self.children
 
-    def proposal(self, like: torch.Tensor) -> torch.Tensor:
-        """[vocab] what the current node's children were sampled from; `like` is what the target says."""
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """[W] the target's tokens that its drafter can say; None for all."""
+        return self.draft.ids if self.draft is not None else None
+
+    @property
+    def proposal(self) -> torch.Tensor:
+        """[W] what the current node's children were sampled from."""
         assert self.draft is not None
         assert self.draft.probs is not None
-        found = self.draft.probs[sorted(self.children).index(self.node)].to(like)
-        return found if self.draft.ids is None else torch.zeros_like(like).index_copy_(0, self.draft.ids, found)
+        return self.draft.probs[sorted(self.children).index(self.node)]
 
     def take(self, token: int) -> bool:
         """Emits a token and follows it into the tree; False when the walk has ended."""
@@ -170,66 +176,37 @@ class Acceptor:
             chosen = _lines(logits, lines)
             some = [walks[line] for line in lines]
             if rule == "greedy":
-                found = argmax(chosen)
+                found = argmax(chosen).tolist()
             elif rule == "coupled":
                 noise = self.draws.gumbel([walk.key() for walk in some], chosen)
-                found = argmax(chosen + noise)
+                found = argmax(chosen + noise).tolist()
             elif rule == "optimal":
-                found = self.draws.categorical(chosen.softmax(-1))
+                found = self.draws.categorical(chosen.softmax(-1)).tolist()
             else:
                 found = self._residual(some, chosen.softmax(-1))
-            for line, token in zip(lines, found.tolist(), strict=True):
+            for line, token in zip(lines, found, strict=True):
                 tokens[line] = token
         return tokens
 
-    def _residual(self, walks: Sequence[_Walk], target: torch.Tensor) -> torch.Tensor:
-        """Verification of sampled children, all rows at once, child by child.
-
-        R starts as the target's distribution and D as the drafter's. Child s is accepted with probability
-        min(1, R[s] / D[s]); otherwise R becomes the normalised max(R - D, 0) and s leaves D. When D is used up it
-        becomes uniform over what the drafter can say and has not been rejected. After the last child the token is a
-        sample from R. Where children were drawn with replacement, D stays as it is.
-
-        Args:
-            walks: Rows whose current node has sampled children.
-            target: [A, vocab] probabilities.
-
-        Returns:
-            [A] tokens.
-        """
-        draft = torch.stack([walk.proposal(line) for walk, line in zip(walks, target, strict=True)])
-        options = [walk.options for walk in walks]
-        replaced = torch.tensor(
-            [walk.draft is not None and walk.draft.replaced for walk in walks], device=target.device
-        )
-        result = torch.full((len(walks),), -1, dtype=torch.long, device=target.device)
-        rejected = torch.zeros_like(target, dtype=torch.bool)
-        for i, walk in enumerate(walks):
-            if walk.draft is not None and walk.draft.ids is not None:  # what it cannot say it never draws
-                rejected[i] = True
-                rejected[i, walk.draft.ids] = False
-        target = target.clone()
-        for turn in range(max(map(len, options))):
-            lines = [i for i, some in enumerate(options) if turn < len(some) and result[i] < 0]
-            if not lines:
-                break
-            line = torch.tensor(lines, device=target.device)
-            guess = torch.tensor([options[i][turn] for i in lines], device=target.device)
-            wanted, offered = target[line, guess], draft[line, guess]
-            ratio = torch.where(offered > 0, wanted / offered, torch.zeros_like(wanted)).clamp(max=1)
-            accepted = self.draws.accept(ratio)
-            result[line[accepted]] = guess[accepted]
-            line, guess = line[~accepted], guess[~accepted]
-            target[line] = _normalised((target[line] - draft[line]).clamp(min=0), target[line])
-            without = ~replaced[line]
-            line, guess = line[without], guess[without]
-            rejected[line, guess] = True
-            left = draft[line].masked_fill(rejected[line], 0)
-            draft[line] = _normalised(left, _normalised((~rejected[line]).to(left), left))
-        undecided = result < 0
-        if bool(undecided.any()):
-            result[undecided] = self.draws.categorical(target[undecided])
-        return result
+    def _residual(self, walks: Sequence[_Walk], target: torch.Tensor) -> list[int]:
+        """One token per walk whose current node has sampled children. target: [A, vocab] probabilities."""
+        tokens = [0] * len(walks)
+        by_support: dict[int, list[int]] = {}
+        for line, walk in enumerate(walks):
+            by_support.setdefault(id(walk.ids), []).append(line)
+        for lines in by_support.values():
+            some = [walks[line] for line in lines]
+            found = siblings.choose(
+                _lines(target, lines),
+                torch.stack([walk.proposal for walk in some]),
+                some[0].ids,
+                [walk.options for walk in some],
+                [walk.draft is not None and walk.draft.replaced for walk in some],
+                self.draws,
+            )
+            for line, token in zip(lines, found.tolist(), strict=True):
+                tokens[line] = token
+        return tokens
 
     def _logprobs(self, walks: Sequence[_Walk], logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
         """Log-probabilities of emitted tokens for the rows that asked, from the raw logits."""
@@ -247,12 +224,6 @@ def _lines(logits: torch.Tensor, lines: Sequence[int]) -> torch.Tensor:
     if list(lines) == list(range(len(logits))):
         return logits
     return logits.index_select(0, torch.tensor(lines, device=logits.device))
-
-
-def _normalised(mass: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
-    """Rows of [A, vocab] scaled to sum 1; rows without any mass come from `instead`."""
-    total = mass.sum(-1, keepdim=True)
-    return torch.where(total > 0, mass / total.clamp(min=torch.finfo(mass.dtype).tiny), instead)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
