@@ -193,6 +193,10 @@ class Row:
         return wish if isinstance(wish, Bet) else None
 
     @property
+    def is_greedy(self) -> bool:
+        return self.request.params.mode == "greedy"
+
+    @property
     def target_tpot(self) -> float | None:
         """Seconds per output token that the request wants to stay under, if it said so."""
         wanted = self.request.params.target_tpot_ms

@@ -101,6 +101,14 @@ def test_a_single_guess_is_the_likeliest_one() -> None:
     assert drafts == [(1,), (6,)]
 
 
+def test_what_is_hardly_likely_is_never_sampled() -> None:
+    bet = Bet("some", Tree((-1, -1)))
+    growth = Growth(row_of(SamplingParams(temperature=1)), bet, ())
+    draw_children([growth], torch.tensor([[0.0, -90.0, -1.0, -90.0]]), None, torch.Generator(), "sequoia")
+    assert growth.probs[0].count_nonzero() == 2
+    assert {*growth.tokens} == {0, 2}
+
+
 def test_planned_shapes_and_samples_stay_as_they_were() -> None:
     shown = [Offer("shown", Tree.chain(1), (9,), (0.9,))]
     for row, bet in (

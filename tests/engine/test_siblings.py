@@ -33,7 +33,7 @@ class Scripted:
 def by_the_book(
     target: torch.Tensor, draft: torch.Tensor, options: Sequence[int], replaced: bool, numbers: Sequence[float]
 ) -> tuple[list[float], int | None, torch.Tensor]:
-    """Normalised in every step, over all tokens; draft: [V], zero where the drafter cannot go (NaN in `can`)."""
+    """Normalised in every step, over all tokens; draft: [V], below zero where the drafter cannot go."""
     can = draft >= 0
     r, d = target.clone(), draft.clamp(min=0)
     tried = torch.zeros_like(can)
@@ -89,6 +89,16 @@ def test_ratios_and_what_is_left_are_those_of_the_book(data: st.DataObject) -> N
     rests = iter(draws.rests)
     wanted = [token if token is not None else int(next(rests).argmax()) for _, token, _ in expected]
     assert found == wanted
+
+
+def test_what_is_hardly_likely_is_subtracted_too() -> None:
+    """In float32, what is left of D may be too small to be divided by."""
+    draft, target = torch.tensor([[0.0, -90.0, -200.0, -200.0]]).softmax(-1), torch.tensor([[0.2, 0.3, 0.3, 0.2]])
+    assert 0 < draft[0, 1] < 1e-38
+    draws = Scripted([0.9, 0.9])
+    choose(target, draft, None, [[0, 1]], [False], draws)
+    assert draws.ratios == pytest.approx([0.2, 0.375])
+    assert draws.rests[0].tolist() == pytest.approx([0, 0, 0.6, 0.4])
 
 
 @pytest.mark.parametrize("reduced", [False, True])

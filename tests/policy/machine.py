@@ -24,6 +24,7 @@ class FakeRow:
     max_depth: int = 16
     speculation: Speculation = "auto"
     target_tpot: float | None = None
+    is_greedy: bool = True
 
 
 def rows(count: int) -> list[FakeRow]:

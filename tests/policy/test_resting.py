@@ -50,6 +50,17 @@ def test_whose_guesses_trees_take_in_is_asked_though_nobody_bets_on_it(count: in
     assert all(later)
 
 
+def test_nobody_is_asked_for_rows_that_take_nothing_in() -> None:
+    profile = Profile("m", "m", "f", VerifyCost((1, 64), (0.01, 0.011)), {"head": DraftCost(per_level=1e-5)})
+    shows, head = Offer("shows", Tree.chain(1), (7,), (0.1,)), Offer("head", Tree.chain(4))
+    found, resting, asked = Machine(Goodput(profile), {"shows": 0.0, "head": 0.75}, profile), (), []
+    for _ in range(20 * FRESH):
+        offers = [offer for offer in (shows, head) if offer.method not in resting]
+        asked.append(shows in offers)
+        resting = found.step([FakeRow(seq, is_greedy=False) for seq in range(8)], offers).resting
+    assert sum(asked[100:]) < 4 * FRESH
+
+
 def test_another_load_wakes_all_of_them() -> None:
     found, _ = machine(8, 3)
     plan = found.step(rows(2), [])  # nobody was asked, so this plan sees nothing

@@ -191,6 +191,11 @@ def test_data_serves_heads_that_read_fewer_layers(folder: Path, data: Path, tmp_
         train(order(folder, tmp_path / "low", tmp_path / "high data", epochs=1, taps=(0,)))
 
 
+def test_it_runs_on_one_device(folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device: 'cuda:0,cuda:1' names several, and training runs on one"):
+        train(order(folder, tmp_path, data, device="cuda:0,cuda:1"))
+
+
 def test_what_cannot_go_on_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:
     train(order(folder, tmp_path, data, epochs=1))
     with pytest.raises(ValueError, match="was trained with another vocab; name another folder"):

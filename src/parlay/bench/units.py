@@ -23,7 +23,7 @@ from parlay.types import Request, SamplingParams
 
 CONTEXT = 128
 STEPS, FIRST = 24, 4  # of each text, of which the first ones do not count
-ROUNDS = 3  # so that a slow moment is nobody's alone
+ROUNDS = 5  # so that a slow moment is nobody's alone
 SHARES = 0.5, 0.625, 0.75, 0.875, 1.0  # of the layers, where exits are timed; what is between lies between
 
 
@@ -105,15 +105,15 @@ def measure(engine: Engine, candidates: Sequence[int]) -> Times:
     ahead = tuple(
         Ahead(
             exit, count,
-            statistics.median(step.exit + layer * step.begun for step in found),
-            statistics.median(step.rest for step in found),
-            statistics.median(step.handoff for step in found),
+            statistics.fmean(step.exit + layer * step.begun for step in found),
+            statistics.fmean(step.rest for step in found),
+            statistics.fmean(step.handoff for step in found),
             statistics.fmean(step.reached for step in found),
         )
         for (exit, count), found in steps.items()
     )  # fmt: skip
-    host = statistics.median(step.host for found in steps.values() for step in found)
-    return Times(layers, layer, statistics.median(plain), statistics.median(half), host, ahead)
+    host = statistics.fmean(step.host for found in steps.values() for step in found)
+    return Times(layers, layer, statistics.fmean(plain), statistics.fmean(half), host, ahead)
 
 
 def _per_layer(steps: dict[tuple[int, int], list[_Step]]) -> float:
@@ -122,7 +122,7 @@ def _per_layer(steps: dict[tuple[int, int], list[_Step]]) -> float:
     for (exit, _), found in steps.items():
         for step in found:
             by_layers.setdefault(exit - step.begun, []).append(step.exit)
-    ran, seconds = [*by_layers], [statistics.median(some) for some in by_layers.values()]
+    ran, seconds = [*by_layers], [statistics.fmean(some) for some in by_layers.values()]
     mean = statistics.fmean(seconds) / max(1.0, statistics.fmean(ran))
     weights = [math.sqrt(len(some)) for some in by_layers.values()]
     slope = float(np.polyfit(ran, seconds, 1, w=weights)[0]) if len(ran) > 1 else mean

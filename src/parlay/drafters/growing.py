@@ -30,6 +30,7 @@ WIDTH = 6  # nodes that a level of a growing tree expands at most,
 SHARE = 8  # or one in so many of its guesses, if that is more
 BRANCH = 8  # children of each
 CANDIDATES = 64  # most likely tokens among which noise picks children
+LEAST = 1e-30  # what is less likely is never drawn: among such numbers float32 cannot tell which is likelier
 
 
 @dataclass(slots=True)
@@ -249,6 +250,7 @@ def _children(
     count = min(count, logits.shape[-1])
     probs = logits.softmax(-1)
     if rule in ("sequoia", "specinfer"):
+        probs = torch.where(probs < LEAST, 0, probs)
         replaced = rule == "specinfer"
         draw = torch.multinomial(probs, count, replaced, generator=generator) if replaced else None
         found = draw_without_replacement(probs, count, generator) if draw is None else draw

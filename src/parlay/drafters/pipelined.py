@@ -64,8 +64,14 @@ class Pipelined(Drafter):
         Raises:
             ValueError: for an exit in the lower half of the layers.
         """
-        layers = len(target.shapes)
-        exit, part = exit_of(source or str(min(layers - 1, -(-2 * layers // 3))), target)
+        if getattr(target.config, "num_kv_shared_layers", 0):
+            raise ValueError(
+                f"drafter ppd: {target.config.model_type} has layers that take the keys of earlier ones, which a token "
+                "that was begun elsewhere would lack; leave ppd out"
+            )
+        layers, first = len(target.places), target.places.count(target.device)
+        shared = layers / 2 <= first < layers  # with another device, while whose layers run the first one is idle
+        exit, part = exit_of(source or str(first if shared else min(layers - 1, -(-2 * layers // 3))), target)
         return cls(len(tree), exit, part)
 
     def attach(self, target: TargetModel) -> None:

@@ -126,7 +126,7 @@ class Pipeline:
 
     Args:
         model: The target. The unit is a thread with half of the cores on CPU, and a stream of its own on CUDA. Where
-            layers are on several devices, the first one begins next tokens while those behind it finish this one.
+            two devices share the layers, the first one begins next tokens while the other one finishes this one.
         exit_layer: Layers after which candidates are read off; at least half of them, so that a unit never needs a
             candidate of its own.
         part: What a trained exit does to the state in front of the norm and the vocabulary.

@@ -27,7 +27,9 @@ def devices(name: str) -> tuple[torch.device, ...]:
     if name == "auto":
         return (torch.device("cuda" if torch.cuda.is_available() else "cpu"),)
     found = tuple(_device(part.strip(), name) for part in name.split(","))
-    if len(found) > 1 and (len(set(found)) < len(found) or any(some.index is None for some in found)):
+    if len(found) > 1 and (
+        len(set(found)) < len(found) or any(some.type != "cuda" or some.index is None for some in found)
+    ):
         raise ValueError(f"device: {name!r} should name CUDA devices by their numbers, each once: cuda:0,cuda:1")
     return found
 
@@ -38,7 +40,9 @@ def _device(part: str, name: str) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {name!r} is none of auto, cpu, cuda, cuda:N, and several of those: cuda:0,cuda:1")
+        raise ValueError(
+            f"device: {name!r} is none of auto, cpu, cuda, cuda:N, and several CUDA devices: cuda:0,cuda:1"
+        )
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: this machine has no CUDA device that PyTorch can use; choose cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
@@ -48,6 +52,8 @@ def _device(part: str, name: str) -> torch.device:
 
 def spread(layers: int, over: Sequence[torch.device]) -> tuple[torch.device, ...]:
     """Each layer's device: an equal share for each, the larger ones first.
+
+    Beside its layers the first device holds what surrounds them, so its room decides how much KV there can be.
 
     Raises:
         ValueError: naming the field, where there are fewer layers than devices.
@@ -75,9 +81,13 @@ def bring(model: nn.Module, layers: Iterable[nn.Module], home: torch.device, pla
 
 
 def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
-    for module in modules:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = tensor.to(device, copy=True)
+    tensors = {
+        id(tensor): tensor
+        for module in modules
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    for tensor in tensors.values():
+        tensor.data = tensor.to(device, copy=True)
 
 
 class SpreadAttention:
@@ -93,9 +103,11 @@ class SpreadAttention:
     def __call__(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        if query.device not in self._there:
-            self._there[query.device] = self._make(query.device)
-        return self._there[query.device](call, query, key, value)
+        device = query.device
+        if device not in self._there:
+            self._there[device] = self._make(device)
+        # Some layers take an earlier layer's keys and values, which may be elsewhere.
+        return self._there[device](call, query, key.to(device), value.to(device))
 
 
 def gathered_everywhere(kv: PagedKV, batch: ForwardBatch) -> SpreadAttention:

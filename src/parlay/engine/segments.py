@@ -57,7 +57,7 @@ class _Passing(threading.local):
     Attributes:
         work: Of the segment under way.
         noted: How each layer was called in the thread's last pass.
-        went: By device, what went there of what this pass calls layers with; see `_brought`.
+        went: By device, what went there of what the thread's last pass calls layers with; see `_brought`.
     """
 
     def __init__(self, layers: int) -> None:
@@ -92,10 +92,7 @@ class _StandIn(nn.Module):
         self.device: torch.device | None = None  # where it is, if not all layers are at one place
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # without a module's ceremony
-        noted = args, kwargs
-        if self.device is not None:
-            noted = _brought(noted, self.device, self.passing.went.setdefault(self.device, {}))
-        self.passing.noted[self.index] = noted
+        self.passing.noted[self.index] = args, kwargs
         hidden = hidden_states if self.then is None else self.then(hidden_states)
         return (hidden,) if self.returns_tuple else hidden
 
@@ -104,6 +101,7 @@ class _StandIn(nn.Module):
             self.before()
         if self.device is not None:
             hidden = hidden.to(self.device)
+            noted = _brought(noted, self.device, self.passing.went.setdefault(self.device, {}))
         if self.program is not None and (done := self.program(hidden, noted, freely=freely)) is not None:
             return done
         args, kwargs = noted

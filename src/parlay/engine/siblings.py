@@ -79,9 +79,9 @@ class _Both:
             inside = self._target[:, :0] if self._ids is None else self._target.index_fill(1, self._ids, 0)
             self._elsewhere = inside.sum(-1)
         line = self._tensor(lines)
-        mass, weight, left = self._mass[line], self._weight[line], self._left[line]
-        scale = torch.where(weight > 0, mass / weight, torch.zeros_like(mass))
-        rest = torch.addcmul(left, self._draft[line], scale[:, None], value=-1).clamp_(min=0)
+        mass, weight, left = self._mass[line], self._weight[line][:, None], self._left[line]
+        share = torch.where(weight > 0, self._draft[line] / weight, torch.zeros_like(left))
+        rest = torch.addcmul(left, share, mass[:, None], value=-1).clamp_(min=0)
         total = rest.sum(-1) + self._elsewhere[line]
         some = total > 0
         self._left[line] = torch.where(some[:, None], rest, left)

@@ -46,6 +46,11 @@ class PolicyRow(Protocol):
         """Seconds per output token that the request wants to stay under, if it said so."""
         ...
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token, so that guesses may be chosen by their own values."""
+        ...
+
 
 class Policy(Protocol):
     """Decides what to bet on each row and learns from what came of it."""

@@ -129,8 +129,9 @@ class Goodput:
             self._made = {}
             self.expected = Expected(float(emitting), expected.seconds_off, expected.seconds_off)
         soon = self._again or (self._plans + 1) % FRESH == 0 or any(_wishes(row) for row in rows)
-        heard = self._telling if any(made.bet.free for made in self._made.values()) else ()
-        self._hidden = frozenset() if soon else frozenset(self._resting.difference(heard))
+        hears = any(row.is_greedy and self._method(row) not in (None, *self._telling) for row in rows)
+        asleep = self._resting - self._telling if hears else self._resting
+        self._hidden = frozenset() if soon else frozenset(asleep)
         if all(beginning) and not (plain or self._probing):
             self._begun = self._better(rows, beginning)
         if self._begun is not None:
@@ -139,6 +140,11 @@ class Goodput:
             return StepPlan((self._begun.bet,) * len(rows), resting=self._hidden)
         bets = tuple(made.bet if (made := self._made.get(row.seq)) else None for row in rows)
         return StepPlan(bets, resting=self._hidden)
+
+    def _method(self, row: PolicyRow) -> str | None:
+        """Whose guesses it gets."""
+        made = self._made.get(row.seq)
+        return made.bet.method if made is not None else None
 
     def _better(self, rows: Sequence[PolicyRow], offers: Sequence[Sequence[Offer]]) -> HeadStart | None:
         """Beginning next tokens, where that is expected to bring more than what was planned."""

@@ -44,6 +44,7 @@ class SimulatedRow:
     max_depth: int
     speculation: Speculation = "auto"
     target_tpot: float | None = None
+    is_greedy: bool = False
 
 
 @dataclass(slots=True)
