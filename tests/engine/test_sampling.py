@@ -154,6 +154,28 @@ def test_fresh_draws_never_take_what_has_no_probability(vocab: int) -> None:
     assert (probs.gather(1, chosen[:, None]) > 0).all()
 
 
+@needs_operators
+@pytest.mark.parametrize("vocab", [1, 7, 256, 1024, 1025, 49_152])
+def test_the_operator_draws_what_pytorch_draws(vocab: int) -> None:
+    """But for the share of draws that falls between two ways to round a sum."""
+    generator = torch.Generator().manual_seed(vocab)
+    probs = torch.randn(2000 if vocab < 10_000 else 200, vocab, generator=generator).mul(3).softmax(-1)
+    shares = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64)
+    found = torch.ops.parlay.draw(probs, shares)
+    heights = probs.double().cumsum(-1)
+    wanted = torch.searchsorted(heights, shares * heights[:, -1:], right=True)[:, 0]
+    assert (found != wanted).float().mean() < 0.02
+
+
+@needs_operators
+def test_the_operator_at_the_edges() -> None:
+    lines = torch.zeros(5, 3000)
+    lines[0, 7] = lines[1, 2999] = lines[2, 0] = 1e-38
+    lines[3] = math.nan
+    shares = torch.tensor([0.0, 1 - 2**-53, 0.5, 0.5, 0.5], dtype=torch.float64)
+    assert torch.ops.parlay.draw(lines, shares).tolist() == [7, 2999, 0, 2999, 2999]
+
+
 def test_fresh_draws_over_several_blocks_have_their_law() -> None:
     probs = torch.arange(1.0, 601).expand(60_000, -1) / 180_300
     chosen = FreshDraws(torch.Generator().manual_seed(1)).categorical(probs)

@@ -207,8 +207,10 @@ class FreshDraws:
     def categorical(self, probs: torch.Tensor) -> torch.Tensor:
         """One number per line picks a block of the vocabulary by its mass, then a token in the block."""
         vocab = probs.shape[-1]
-        blocks = pad(probs, (0, -vocab % BLOCK)).view(len(probs), -1, BLOCK)
         drawn = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=self.generator)
+        if probs.device.type == "cpu" and probs.dtype is torch.float32 and native.load():
+            return torch.ops.parlay.draw(probs.contiguous(), drawn)
+        blocks = pad(probs, (0, -vocab % BLOCK)).view(len(probs), -1, BLOCK)
         block, drawn = _look_up(blocks.sum(-1), drawn)
         token, _ = _look_up(blocks[torch.arange(len(probs), device=probs.device), block], drawn)
         return (block * BLOCK + token).clamp(max=vocab - 1)  # a model that overflows gives NaN, above every number

@@ -162,4 +162,34 @@ inline void truncate(const float* logits, int64_t size, float temperature, const
     for (int64_t i = 0; i < size; ++i) out[i] = out[i] < floor ? nothing : out[i];
 }
 
+constexpr int64_t kBlock = 64 * kLanes;  // numbers that float32 may add up
+
+inline double mass_of(const float* x, int64_t size) {
+  vfloat mass = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) mass += load(x + i);
+  double total = sum(mass);
+  for (; i < size; ++i) total += x[i];
+  return total;
+}
+
+// Where a share of a line's mass, which is not negative, ends: of no number without mass, unless there is none at all
+// or the model has overflowed. Blocks first, then the numbers of one.
+inline int64_t draw(const float* x, int64_t size, double share, std::vector<double>& ends) {
+  ends.clear();
+  double total = 0;
+  for (int64_t first = 0; first < size; first += kBlock)
+    ends.push_back(total += mass_of(x + first, std::min(kBlock, size - first)));
+  const double at = std::min(share * total, std::nextafter(total, 0.0));  // the product may round up
+  const int64_t block = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
+  double end = block > 0 ? ends[std::min<int64_t>(block, ends.size()) - 1] : 0;
+  int64_t found = size - 1;
+  for (int64_t i = block * kBlock; i < std::min(size, (block + 1) * kBlock); ++i) {
+    if (!(x[i] > 0)) continue;
+    found = i;
+    if ((end += x[i]) > at) break;
+  }
+  return found;
+}
+
 }  // namespace parlay

@@ -126,6 +126,21 @@ Tensor truncate_lines(const Tensor& logits, const Tensor& temperature, const Ten
   return out;
 }
 
+// Where a share of every line's mass ends, the shares [lines]; see choice.h. [lines, size] -> [lines].
+Tensor draw(const Tensor& mass, const Tensor& share) {
+  TORCH_CHECK(mass.dim() == 2 && mass.is_contiguous() && mass.size(1) > 0 && share.numel() == mass.size(0));
+  const int64_t size = mass.size(1);
+  Tensor out = at::empty({mass.size(0)}, mass.options().dtype(at::kLong));
+  const float* from = mass.const_data_ptr<float>();
+  const double* shares = share.const_data_ptr<double>();
+  int64_t* to = out.data_ptr<int64_t>();
+  at::parallel_for(0, mass.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> ends;
+    for (int64_t line = begin; line < end; ++line) to[line] = parlay::draw(from + line * size, size, shares[line], ends);
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(parlay, library) {
@@ -136,6 +151,7 @@ TORCH_LIBRARY(parlay, library) {
       "Tensor known, Tensor ancestors, float scale, int window, float softcap) -> Tensor");
   library.def("argmax(Tensor values) -> Tensor");
   library.def("truncate(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor");
+  library.def("draw(Tensor mass, Tensor share) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(parlay, CPU, library) {
@@ -144,4 +160,5 @@ TORCH_LIBRARY_IMPL(parlay, CPU, library) {
   library.impl("attend", &attend);
   library.impl("argmax", &argmax);
   library.impl("truncate", &truncate_lines);
+  library.impl("draw", &draw);
 }
