@@ -200,7 +200,14 @@ def compare(
     """Plans a tree for every setting, and times it beside others."""
     found = costs(options, machine)
     planners = {
-        setting: Planner(found.profile, {options.method: matrix}, context=context, size=machine.size, depth=DEPTH)
+        setting: Planner(
+            found.profile,
+            {options.method: matrix},
+            context=context,
+            size=machine.size,
+            depth=DEPTH,
+            sampled=setting.temperature > 0,
+        )
         for setting, matrix in matrices.items()
     }
     programs = {setting: competitors(machine, setting, planner.best(1).tree) for setting, planner in planners.items()}

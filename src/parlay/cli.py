@@ -130,7 +130,7 @@ def serve(
     calibrate: Annotated[
         Calibrate,
         typer.Option(
-            help="Measure what steps cost, once for a machine, a model and its drafters: quick (15 s at most), full "
+            help="Measure what steps cost, once for a machine, a model and its drafters: quick (about 20 s), full "
             "(60 s) or skip, which learns it on the way. Only where the policy asks.",
             rich_help_panel="Speculation",
         ),

@@ -55,6 +55,9 @@ def test_an_engine_is_measured_and_is_as_new(folder: Path, method: str) -> None:
     cost = profile.draft(method)
     assert cost(4, 2, 8, 100) > 0
     assert profile.host(4, 0) > 0
+    assert set(profile.drawing) == {method}
+    drawing, choosing = profile.sampled(method)
+    assert drawing(3, 1, 8, 0) + choosing(3, 1, 8, 0) > 0, "rows that sample draw their guesses"
     assert 0 <= found.median_error <= found.worst_error
     assert not engine.drafters.failed
     assert engine.scheduler.blocks.num_free == free
@@ -70,6 +73,7 @@ def test_shapes_stay_within_an_engine() -> None:
     assert {shape.context for shape in some} == {32, 256}
     assert all(shape.rows * -(-(shape.context + 9) // 16) <= 60 for shape in some)
     assert shapes(Limits(1, 1, 64, 4, 16), streams=False) == [Shape(1, 32, 1)]
+    assert {Shape(1, 32, new) for new in (25, 49)}.isdisjoint(some)
     wide = Limits(rows=4, new=1024, context=2000, pages=500, page_size=16)
     assert Shape(1, 32, 513) in shapes(wide, streams=True), "where layers stream, trees may be large"
     assert Shape(1, 32, 513) not in shapes(wide, streams=False)

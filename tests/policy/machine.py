@@ -68,7 +68,10 @@ class Machine:
         guesses = sum(len(got.tree) for got in results)
         new, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
         verify = float(self.profile.verify(new + guesses, len(rows), context))
-        seconds = {"verify": verify, "draft": self._draft(results), "accept": self.profile.host(len(rows), guesses)}
+        sampled = sum(not row.is_greedy for row in rows)
+        drawing, choosing = self._sampled(rows, results)
+        host = self.profile.host(len(rows), guesses, sampled) + choosing
+        seconds = {"verify": verify, "draft": self._draft(results) + drawing, "accept": host}
         seconds = {part: self.slower * time for part, time in seconds.items()}
         self.policy.observe(rows, StepResult(tuple(results), seconds))
         self.tokens += sum(len(got.emitted) for got in results)
@@ -81,6 +84,17 @@ class Machine:
             trees = [got.tree for got in results if got.method == name]
             total += self.profile.draft(name)(max(tree.depth for tree in trees), len(trees), sum(map(len, trees)), 0)
         return total
+
+    def _sampled(self, rows: Sequence[PolicyRow], results: Sequence[RowResult]) -> tuple[float, float]:
+        """What drawing guesses takes more, and choosing among them."""
+        found = [0.0, 0.0]
+        for name in {got.method for got in results if got.method is not None}:
+            pairs = zip(rows, results, strict=True)
+            trees = [got.tree for row, got in pairs if got.method == name and not row.is_greedy]
+            if trees:
+                what = max(tree.depth for tree in trees), len(trees), sum(map(len, trees)), 0
+                found = [sum_ + cost(*what) for sum_, cost in zip(found, self.profile.sampled(name), strict=True)]
+        return found[0], found[1]
 
     def _result(self, bet: Bet | None) -> RowResult:
         if bet is None:

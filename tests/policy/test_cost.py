@@ -12,8 +12,6 @@ from scipy.optimize import nnls
 from parlay.policy.cost import (
     DraftCost,
     HostCost,
-    LiveCurve,
-    LiveScale,
     Profile,
     VerifyCost,
     fit_verify,
@@ -27,7 +25,9 @@ PROFILE = Profile(
     dtype="bfloat16",
     verify=VerifyCost((1, 8, 16), (0.012, 0.017, 0.025), 1e-5, 1e-8),
     drafts={"draft_model": DraftCost(per_level=0.002, per_guess=1e-5), "prompt_lookup": DraftCost()},
-    host=HostCost(per_row=2e-5),
+    host=HostCost(per_row=2e-5, per_sampled=1e-6),
+    drawing={"draft_model": DraftCost(per_row=1e-4)},
+    choosing=DraftCost(per_step=1e-3, per_guess=1e-4),
     notes="made up",
 )
 
@@ -61,7 +61,15 @@ def test_a_draft_costs_what_its_parts_cost() -> None:
     cost = DraftCost(1.0, 10.0, 100.0, 1000.0, 0.5)
     assert cost(2, 3, 4, 6) == 1 + 20 + 300 + 4000 + 3
     assert HostCost(1.0, 2.0, 3.0)(4, 5) == 1 + 8 + 15
+    assert HostCost(1.0, 2.0, 3.0, 0.5)(4, 5, 2) == 1 + 8 + 15 + 1
     assert PROFILE.draft("unheard of")(4, 4, 4, 4) == 0
+    assert (cost + cost.scaled(2.0))(2, 3, 4, 6) == pytest.approx(3 * cost(2, 3, 4, 6))
+
+
+def test_only_guesses_that_are_drawn_are_chosen_among() -> None:
+    drawing, choosing = PROFILE.sampled("draft_model")
+    assert (drawing(1, 2, 3, 0), choosing(1, 2, 3, 0)) == pytest.approx((2e-4, 1.3e-3))
+    assert PROFILE.sampled("prompt_lookup") == (DraftCost(), DraftCost())
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
@@ -131,59 +139,6 @@ def test_a_staircase_is_found_from_noisy_measurements_of_other_shapes() -> None:
     assert median < 0.01
     assert worst < 0.08
     assert median < 0.5 * relative_errors(straight.cost, *held_out, machine(*held_out))[0]
-
-
-def test_a_slower_machine_is_believed_within_a_few_steps() -> None:
-    scale, rng = LiveScale(), np.random.default_rng(0)
-    for _ in range(200):
-        scale.observe(0.02, 0.02 * rng.lognormal(0, 0.05))
-    assert scale.factor == pytest.approx(1, abs=0.05)
-    for _ in range(60):
-        scale.observe(0.02, 0.05 * rng.lognormal(0, 0.05))
-    assert scale.factor == pytest.approx(2.5, rel=0.1)
-
-
-def test_a_hiccup_moves_little() -> None:
-    scale = LiveScale()
-    for _ in range(200):
-        scale.observe(0.02, 0.02)
-    scale.observe(0.02, 20.0)
-    assert scale.factor < 1.01
-
-
-def test_the_spread_is_that_of_steps() -> None:
-    scale, rng = LiveScale(), np.random.default_rng(0)
-    found = []
-    for _ in range(3000):
-        scale.observe(0.02, 0.02 * rng.lognormal(math.log(1.3), 0.08))
-        found.append(scale.spread)
-    assert np.mean(found[500:]) == pytest.approx(0.08, rel=0.1)
-
-
-def test_what_took_no_time_teaches_nothing() -> None:
-    scale = LiveScale()
-    scale.observe(0.0, 1.0)
-    scale.observe(1.0, 0.0)
-    assert scale.factor == 1
-
-
-def test_a_curve_learns_where_the_profile_is_wrong_and_keeps_it() -> None:
-    """Passes over 8 tokens take half as long again as the profile says, all others what it says."""
-    curve, rng = LiveCurve(), np.random.default_rng(0)
-
-    def run(steps: int, slower: float = 1.0) -> None:
-        for _ in range(steps):
-            new = int(rng.choice([1, 2, 8, 32]))
-            curve.observe(0.01, 0.01 * slower * rng.lognormal(0, 0.05) * (1.5 if new == 8 else 1.0), new)
-
-    run(2000)
-    assert curve.factor(8) == pytest.approx(1.5, rel=0.1)
-    for size in (1, 2, 32, 500):
-        assert curve.factor(size) == pytest.approx(1.0, rel=0.1)
-    run(60, slower=3.0)  # is noticed for all sizes at once
-    assert curve.factor(8) == pytest.approx(4.5, rel=0.2)
-    assert curve.factors(np.array([1.0, 8.0, 32.0])) == pytest.approx([curve.factor(n) for n in (1, 8, 32)])
-    assert curve.factor(32) == pytest.approx(3.0, rel=0.2)
 
 
 @given(new=st.integers(0, 500), rows=st.integers(1, 9), context=st.integers(0, 5000))

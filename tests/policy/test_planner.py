@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,19 @@ def test_the_best_bet_is_the_best_of_all_sizes_and_depths(batch: int) -> None:
     assert len(plan.tree) == int(np.argmax(rates))
     assert plan.tokens_per_second == pytest.approx(max(rates))
     assert plan.speedup == pytest.approx(max(rates) / rates[0])
+
+
+def test_sampled_rows_pay_for_drawing_and_choosing() -> None:
+    drawing, choosing = DraftCost(per_level=0.0002, per_guess=0.0004), DraftCost(0.0005, 0.0, 0.0003, 0.0005)
+    dear = replace(PROFILE, host=HostCost(0.0005, 1e-5, 1e-6, 0.0002), drawing={"draft": drawing}, choosing=choosing)
+    acceptance = {"draft": np.array([0.6, 0.15])}
+    greedy, sampled = (Planner(dear, acceptance, size=24, depth=6, sampled=some) for some in (False, True))
+    assert len(sampled.best(2).tree) < len(greedy.best(2).tree)
+    assert greedy.best(2).tree == Planner(PROFILE, acceptance, size=24, depth=6).best(2).tree
+    more = [float(some.seconds(2, np.array(8), np.array(3), "draft")) for some in (greedy, sampled)]
+    assert more[1] - more[0] == pytest.approx(2 * 0.0002 + drawing(3, 2, 16, 0) + choosing(3, 2, 16, 0))
+    more = [float(some.seconds(2, np.array(0), np.array(0), None)) for some in (greedy, sampled)]
+    assert more[1] - more[0] == pytest.approx(2 * 0.0002)
 
 
 def test_bets_shrink_with_the_batch_and_end_at_the_break_even() -> None:

@@ -72,6 +72,7 @@ def run(
     size: int,
     depth: int,
     chains: bool,
+    sampled: bool,
     export: str | None,
     json_to: str | None,
     plot: Path | None,
@@ -84,7 +85,15 @@ def run(
     costs, sizes = read_profile(profile), _batch_sizes(batches)
     kinds = read_kinds(acceptance, method or first_drafter(costs))
     matrices = acceptance_of(kinds, costs)
-    planner = Planner(costs, matrices, context=context, size=size, depth=depth, chains=chains or export is not None)
+    planner = Planner(
+        costs,
+        matrices,
+        context=context,
+        size=size,
+        depth=depth,
+        chains=chains or export is not None,
+        sampled=sampled,
+    )
     if export is not None:
         if json_to is not None or plot is not None:
             raise ValueError("export: prints nothing else; leave out json and plot")

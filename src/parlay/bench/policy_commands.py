@@ -49,6 +49,15 @@ def plan(
     size: Annotated[int, typer.Option(help="Most guesses of a row.", rich_help_panel="Bets", min=1, max=512)] = 64,
     depth: Annotated[int, typer.Option(help="Most levels of guesses.", rich_help_panel="Bets", min=1, max=64)] = 12,
     chains: Annotated[bool, typer.Option("--chains", help="Chains only, no trees.", rich_help_panel="Bets")] = False,
+    sampled: Annotated[
+        bool,
+        typer.Option(
+            "--sampled",
+            help="Rows sample their tokens, so that guesses are drawn and chosen among, as far as the profile knows "
+            "what that takes.",
+            rich_help_panel="Costs and odds",
+        ),
+    ] = False,
     export: Annotated[
         Literal["vllm", "trtllm"] | None,
         typer.Option(
@@ -86,6 +95,7 @@ def plan(
         size=size,
         depth=depth,
         chains=chains,
+        sampled=sampled,
         export=export,
         json_to=json_to,
         plot=plot,

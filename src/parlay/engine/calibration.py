@@ -7,12 +7,13 @@ hold whatever lies there; so a row with a long context costs no prompt to be rea
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,20 +22,17 @@ import torch
 
 from parlay.engine.calibration_ahead import time_ahead
 from parlay.engine.calibration_drafts import time_drafter, time_reading
+from parlay.engine.calibration_host import time_host
 from parlay.engine.stopwatch import NEW, WIDE, Limits, Shape, Stopwatch
-from parlay.policy.base import PolicyRow
 from parlay.policy.cost import (
     DraftCost,
-    HostCost,
     Profile,
     VerifyCost,
     fit_verify,
     nonnegative_least_squares,
     relative_errors,
 )
-from parlay.policy.fixed import Off
 from parlay.policy.trees import Floats, Ints
-from parlay.types import Request, SamplingParams, StepResult
 
 if TYPE_CHECKING:
     from parlay.engine.engine import Engine
@@ -47,8 +45,8 @@ KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 
 PASSES = {"quick": 5, "full": 20}  # of every shape are enough
 DRAFTS = {"quick": 3, "full": 9}  # times that every draft is made
 HELD_OUT = 5  # of so many shapes one is only predicted
-MOST_SECONDS = {"quick": 15.0, "full": 60.0}
-HOST_PROMPT, HOST_STEPS = 8, 12
+SECONDS = {"quick": 20.0, "full": 60.0}  # about, half of them for passes
+HOST_ROWS = 4
 SHORTEST = 48  # context that can be measured
 
 
@@ -103,22 +101,24 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
     watch = Stopwatch(engine, limits)
     streams = engine.model.streamed is not None
     wanted = shapes(limits, streams)
-    passes, choices = _time_passes(watch, wanted, how, lambda share: advance(0.7 * share))
+    passes, choices = _time_passes(watch, wanted, how, lambda share: advance(0.5 * share))
     drafts = {}
     guessing = [drafter for drafter in engine.drafters.by_name.values() if not drafter.deterministic]
     for place, drafter in enumerate(guessing):
         if drafter.begins_next:
             drafts[drafter.name] = DraftCost(ahead=time_ahead(watch.long_rows, engine, drafter))
-            advance(0.7 + 0.2 * (place + 1) / len(guessing))
+            advance(0.5 + 0.2 * (place + 1) / len(guessing))
             continue
         reading = time_reading(engine, drafter, DRAFTS[how]) if drafter.owns_kv else 0.0
         drafts[drafter.name] = time_drafter(watch, drafter, limits, DRAFTS[how], reading, streams)
-        advance(0.7 + 0.2 * (place + 1) / len(guessing))
+        advance(0.5 + 0.2 * (place + 1) / len(guessing))
     drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
-    host = _time_host(engine, min(8, limits.rows), _per_guess(choices))
+    drawn = [drafter.name for drafter in guessing if not drafter.begins_next]
+    host, drawing, choosing = time_host(engine, min(HOST_ROWS, limits.rows), _per_guess(choices), drawn)
     engine.forget_answers()
     advance(1.0)
-    profile, errors = _fitted(passes, drafts, host, engine)
+    profile, errors = _fitted(passes, engine)
+    profile = replace(profile, drafts=drafts, host=host, drawing=drawing, choosing=choosing)
     return Calibration(profile, len(passes), *errors, time.monotonic() - began)
 
 
@@ -146,7 +146,7 @@ def _time_passes(
         passes[shape].append(seconds)
         choices[shape].append(choosing)
         spent[shape] += seconds + choosing
-        share = (time.monotonic() - began) / (0.7 * MOST_SECONDS[how])
+        share = (time.monotonic() - began) / (0.5 * SECONDS[how])
         advance(min(1.0, share))
     return passes, choices
 
@@ -159,40 +159,8 @@ def _per_guess(choices: Timed) -> float:
     return float(nonnegative_least_squares(features, np.ones(len(rows)))[2])
 
 
-class _Noted(Off):
-    """Bets nothing, and keeps what the steps cost beside the pass."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[int, list[float]] = {}
-
-    def observe(self, rows: Sequence[PolicyRow], result: StepResult) -> None:
-        if all(row.samples for row in rows):
-            own = sum(seconds for part, seconds in result.seconds.items() if part not in ("verify", "draft"))
-            self.seconds.setdefault(len(rows), []).append(own)
-
-
-def _time_host(engine: Engine, rows: int, per_guess: float) -> HostCost:
-    """All but passes and guesses, of real requests that nobody bets on."""
-    policy, noted = engine.policy, _Noted()
-    engine.policy = noted
-    prompt = tuple(range(min(HOST_PROMPT, engine.vocab_size)))
-    params = SamplingParams(temperature=0, max_tokens=HOST_STEPS, ignore_eos=True)
-    for count in (1, rows):
-        for number in range(count):
-            engine.add(Request(f"calibration {count} {number}", prompt, params))
-        while engine.has_work:
-            engine.step()
-    engine.policy = policy
-    most = max(noted.seconds)  # a small pool or budget lets fewer run together
-    one, many = (statistics.median(noted.seconds[count]) for count in (min(noted.seconds), most))
-    per_row = max(0.0, (many - one) / max(1, most - 1))
-    return HostCost(max(0.0, one - per_row), per_row, per_guess)
-
-
-def _fitted(
-    passes: Timed, drafts: Mapping[str, DraftCost], host: HostCost, engine: Engine
-) -> tuple[Profile, tuple[float, float]]:
-    """A profile of everything measured, and how far off one of all but a few shapes is at those."""
+def _fitted(passes: Timed, engine: Engine) -> tuple[Profile, tuple[float, float]]:
+    """A profile of passes, and how far off one of all but a few shapes is at those."""
     measured = {shape: statistics.median(some) for shape, some in passes.items() if some}
     apart = {shape for place, shape in enumerate(measured) if place % HELD_OUT == HELD_OUT // 2}
     rest = {shape: seconds for shape, seconds in measured.items() if shape not in apart}
@@ -202,8 +170,6 @@ def _fitted(
         model=engine.config.model,
         dtype=str(engine.model.dtype).removeprefix("torch."),
         verify=_fit(measured),
-        drafts=drafts,
-        host=host,
         notes=f"measured by parlay; off by {errors[0]:.1%} (median) and {errors[1]:.1%} (worst) at shapes held out",
     )
     return profile, errors
@@ -211,8 +177,9 @@ def _fitted(
 
 def _fit(measured: Mapping[Shape, float]) -> VerifyCost:
     new, rows, context, seconds = _columns(measured)
-    knots = [knot for knot in KNOTS if knot <= new.max()]
-    return fit_verify(new, rows, context, seconds, knots).cost
+    # Where no pass lies near a knot, nothing would tell a step before it from one behind it.
+    knots = {min(KNOTS, key=lambda knot: abs(math.log(knot / n))) for n in new.tolist()}
+    return fit_verify(new, rows, context, seconds, sorted(knots)).cost
 
 
 def _columns(measured: Mapping[Shape, float]) -> tuple[Ints, Ints, Ints, Floats]:

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from parlay.bets import Bet
 from parlay.config import Calibrate
 from parlay.engine import native
-from parlay.engine.calibration import MOST_SECONDS, SHORTEST, calibrate, hardware
+from parlay.engine.calibration import SECONDS, SHORTEST, calibrate, hardware
 from parlay.engine.checkpoint import cache_dir
 from parlay.policy.cost import DraftCost, Profile, VerifyCost
 
@@ -53,7 +53,7 @@ def profile_for(engine: Engine, how: Calibrate) -> Profile:
     if how == "skip":
         logger.info("what steps cost was never measured here (--calibrate quick does it); it is learned on the way")
         return _guessed(engine)
-    logger.info("measuring what steps cost, once for this machine and model (at most %.0f s)", MOST_SECONDS[how])
+    logger.info("measuring what steps cost, once for this machine and model (about %.0f s)", SECONDS[how])
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring what steps cost", total=1.0)
         calibration = calibrate(engine, how, lambda share: bar.update(task, completed=share))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from parlay.engine.engine import Engine
 
 NEW = (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)  # tokens of a row in a pass: its last known one, and guesses
-WIDE = (65, 97, 129, 193, 257, 385, 513, 769)  # the same where layers stream, and more guesses cost little
+WIDE = (25, 49, 65, 97, 129, 193, 257, 385, 513, 769)  # the same where layers stream, and more guesses cost little
 MOST_CONTEXT = 8192  # tokens in KV of all rows: more would take memory that nobody may ever need
 TREES = (Tree.chain(1), Tree.chain(2), Tree.chain(4), Tree((-1, -1, -1, 0, 0, 1, 1, 2)))
 

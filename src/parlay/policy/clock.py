@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parlay.policy.base import PolicyRow
-from parlay.policy.cost import DraftCost, LiveCurve, LiveScale, Profile
+from parlay.policy.cost import DraftCost, Profile
+from parlay.policy.live import LiveCurve, LiveScale
 from parlay.policy.trees import Floats
 from parlay.types import StepResult
 
@@ -24,11 +25,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a step does beside verifying guesses: rows, known tokens that run, tokens in KV by then."""
+    """What a step does beside verifying guesses.
+
+    Attributes:
+        rows: In it.
+        new: Known tokens that run.
+        context: Tokens in KV by then.
+        sampled: Rows that sample.
+    """
 
     rows: int
     new: int
     context: int
+    sampled: int = 0
+
+    @property
+    def sampled_share(self) -> float:
+        """Of the rows."""
+        return self.sampled / self.rows
 
 
 @dataclass(slots=True)
@@ -40,6 +54,8 @@ class _Drafted:
     guesses: int = 0
     context: int = 0
     catch_up: int = 0
+    drawn_rows: int = 0
+    drawn_guesses: int = 0
 
 
 class Clock:
@@ -60,12 +76,20 @@ class Clock:
         guesses = np.arange(room + 1.0)
         new = load.new + guesses
         passes = self.profile.verify(new, load.rows, load.context) * self.verify.factors(new)
-        return passes + self.host.factor * self.profile.host(load.rows, guesses)
+        return passes + self.host.factor * self.profile.host(load.rows, guesses, load.sampled)
 
-    def draft(self, method: str) -> DraftCost:
-        """What a drafter takes."""
+    def draft(self, method: str, sampled_share: float = 0.0) -> DraftCost:
+        """What a drafter takes, and betting on its guesses, where such a share of the rows samples."""
         cost = self.profile.draft(method)
-        return replace(cost.scaled(self.drafting.factor), per_catch_up=self.catching_up.factor * cost.per_catch_up)
+        found = replace(cost.scaled(self.drafting.factor), per_catch_up=self.catching_up.factor * cost.per_catch_up)
+        if not sampled_share:
+            return found
+        drawing, choosing = self.profile.sampled(method)
+        return (
+            found
+            + drawing.scaled(sampled_share * self.drafting.factor)
+            + choosing.scaled(sampled_share * self.host.factor)
+        )
 
     def learnt(self) -> Profile:
         """The profile as it has turned out to be."""
@@ -83,6 +107,8 @@ class Clock:
             ),
             drafts={method: self.draft(method) for method in self.profile.drafts},
             host=self.profile.host.scaled(self.host.factor),
+            drawing={name: cost.scaled(self.drafting.factor) for name, cost in self.profile.drawing.items()},
+            choosing=self.profile.choosing.scaled(self.host.factor),
         )
 
     def observe(self, rows: Sequence[PolicyRow], result: StepResult, catch_up: Mapping[int, int] | None) -> float:
@@ -102,26 +128,33 @@ class Clock:
             return 0.0
         verify, draft, host = parts.pop("verify", 0.0), parts.pop("draft", 0.0), sum(parts.values())
         drafted: defaultdict[str, _Drafted] = defaultdict(_Drafted)
-        new = known = guesses = 0
+        new = known = guesses = sampled = 0
         for row, got in zip(rows, result.rows, strict=True):
             new, known = new + row.count, known + row.start + row.count
+            sampled += row.samples and not row.is_greedy
             if got.method is not None and got.tree.parents:
                 some, size = drafted[got.method], len(got.tree.parents)
                 some.rows, some.guesses, guesses = some.rows + 1, some.guesses + size, guesses + size
                 some.levels = max(some.levels, got.tree.depth)
                 some.context += row.start
                 some.catch_up += catch_up.get(row.seq, 0) if catch_up else 0
+                if not row.is_greedy:
+                    some.drawn_rows, some.drawn_guesses = some.drawn_rows + 1, some.drawn_guesses + size
         count, profile = len(rows), self.profile
         plain = profile.verify.at(new, count, known)
-        off = plain * self.verify.factor(new) + self.host.factor * profile.host(count, 0)
+        off = plain * self.verify.factor(new) + self.host.factor * profile.host(count, 0, sampled)
         passed = profile.verify.at(new + guesses, count, known) if guesses else plain
         self.verify.observe(passed, verify, new + guesses)
-        self.host.observe(profile.host(count, guesses), host)
-        guessing = reading = 0.0
+        guessing = reading = choosing = 0.0
         for method, some in drafted.items():
             cost = profile.draft(method)
             guessing += cost(some.levels, some.rows, some.guesses, some.context)
             reading += cost.per_catch_up * some.catch_up
+            if some.drawn_rows:
+                drawn = profile.sampled(method)
+                guessing += drawn[0](some.levels, some.drawn_rows, some.drawn_guesses, 0)
+                choosing += drawn[1](some.levels, some.drawn_rows, some.drawn_guesses, 0)
+        self.host.observe(profile.host(count, guesses, sampled) + choosing, host)
         if catch_up is None:
             pass
         elif reading > guessing:

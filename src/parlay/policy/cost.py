@@ -1,9 +1,10 @@
-"""What a step costs, in seconds: profiles as they are saved, how they are fitted, and how they are kept true.
+"""What a step costs, in seconds: profiles as they are saved, and how they are fitted.
 
 T = verify(rows, new tokens, context tokens) + draft(levels, rows, guesses, context tokens) for every active drafter
-+ host(rows, guesses). SmartSpec (arXiv 2406.14066) has the same linear terms; here the term in new tokens is a curve
-through knots, since real passes cost a staircase, and no coefficient is negative, since more work never takes less
-time (the published coefficients, fitted without that, charge less for more rows).
++ host(rows, guesses), and more of the last two where tokens are sampled. SmartSpec (arXiv 2406.14066) has the same
+linear terms; here the term in new tokens is a curve through knots, since real passes cost a staircase, and no
+coefficient is negative, since more work never takes less time (the published coefficients, fitted without that, charge
+less for more rows).
 """
 
 from __future__ import annotations
@@ -118,24 +119,45 @@ class DraftCost:
             self.ahead,
         )
 
+    def __add__(self, more: DraftCost) -> DraftCost:
+        return DraftCost(
+            self.per_step + more.per_step,
+            self.per_level + more.per_level,
+            self.per_row + more.per_row,
+            self.per_guess + more.per_guess,
+            self.per_context + more.per_context,
+            self.per_catch_up + more.per_catch_up,
+            self.ahead,
+        )
+
 
 N = TypeVar("N", float, Floats)
 
 
 @dataclass(frozen=True, slots=True)
 class HostCost:
-    """Scheduling, choosing and committing tokens, detokenising."""
+    """Scheduling, choosing and committing tokens, detokenising.
+
+    Attributes:
+        per_step: Seconds once a step.
+        per_row: Seconds for every row.
+        per_guess: Seconds for every guess.
+        per_sampled: Seconds more for every row that samples.
+    """
 
     per_step: float = 0.0
     per_row: float = 0.0
     per_guess: float = 0.0
+    per_sampled: float = 0.0
 
     def scaled(self, factor: float) -> HostCost:
         """The same on a machine that is so much slower."""
-        return HostCost(factor * self.per_step, factor * self.per_row, factor * self.per_guess)
+        return HostCost(
+            factor * self.per_step, factor * self.per_row, factor * self.per_guess, factor * self.per_sampled
+        )
 
-    def __call__(self, rows: float, guesses: N) -> N:
-        return self.per_guess * guesses + (self.per_step + self.per_row * rows)
+    def __call__(self, rows: float, guesses: N, sampled: float = 0.0) -> N:
+        return self.per_guess * guesses + (self.per_step + self.per_row * rows + self.per_sampled * sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +171,8 @@ class Profile:
         verify: The target's pass.
         drafts: Drafters by method.
         host: The rest.
+        drawing: By method, what guessing takes more for rows that sample, of those that then draw their guesses.
+        choosing: What choosing among such guesses takes, a part of the host's.
         notes: Where the numbers come from.
     """
 
@@ -158,6 +182,8 @@ class Profile:
     verify: VerifyCost
     drafts: Mapping[str, DraftCost] = field(default_factory=dict)
     host: HostCost = HostCost()
+    drawing: Mapping[str, DraftCost] = field(default_factory=dict)
+    choosing: DraftCost = DraftCost()
     notes: str = ""
 
     @property
@@ -168,6 +194,11 @@ class Profile:
     def draft(self, method: str) -> DraftCost:
         """Of a drafter that the profile does not know: nothing."""
         return self.drafts.get(method, DraftCost())
+
+    def sampled(self, method: str) -> tuple[DraftCost, DraftCost]:
+        """What betting on rows that sample takes more: drawing guesses, and choosing among them."""
+        drawing = self.drawing.get(method)
+        return (DraftCost(), DraftCost()) if drawing is None else (drawing, self.choosing)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -182,12 +213,11 @@ class Profile:
         found = dict(written)
         verify = found.pop("verify")
         curve = VerifyCost(**{**verify, "knots": tuple(verify["knots"]), "seconds": tuple(verify["seconds"])})
-        drafts = {
-            name: DraftCost(**{**cost, "ahead": tuple(map(tuple, cost.get("ahead", ())))})
-            for name, cost in found.pop("drafts", {}).items()
-        }
-        host = HostCost(**found.pop("host", {}))
-        return cls(**found, verify=curve, drafts=drafts, host=host)
+        drafts, drawing = (
+            {name: _draft_cost(cost) for name, cost in found.pop(part, {}).items()} for part in ("drafts", "drawing")
+        )
+        host, choosing = HostCost(**found.pop("host", {})), _draft_cost(found.pop("choosing", {}))
+        return cls(**found, verify=curve, drafts=drafts, host=host, drawing=drawing, choosing=choosing)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -200,6 +230,10 @@ class Profile:
             return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # the first is JSON's and Unicode's, too
             raise ValueError(f"{path} is not a profile: {error}") from error
+
+
+def _draft_cost(written: Mapping[str, Any]) -> DraftCost:
+    return DraftCost(**{**written, "ahead": tuple(map(tuple, written.get("ahead", ())))})
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------------
@@ -268,100 +302,3 @@ def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
             x[~free] = 0.0
         x = trial
     return x / scale
-
-
-PER_OCTAVE = 2  # sizes of passes that are told apart
-FIRST = 40  # passes of a size that its first one counts as: twice what all sizes together forget after
-
-
-# ---- while serving --------------------------------------------------------------------------------------------------
-
-
-class LiveScale:
-    """How much slower than its profile a part runs now, learnt from every step.
-
-    The logarithm of measured over predicted time is followed by a moving average. What lies more than three spreads
-    off counts as three, so that one hiccup moves nothing, while a machine that has become slower is believed after a
-    few steps, as the spread grows with what it sees.
-
-    Args:
-        memory: Steps after which a change is believed by two thirds.
-    """
-
-    def __init__(self, memory: float = 20.0) -> None:
-        self._rate = 1.0 / memory
-        self._log = 0.0
-        self._spread = 0.1  # of the logarithm
-
-    @property
-    def factor(self) -> float:
-        return math.exp(self._log)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the relative error of a prediction."""
-        return self._spread
-
-    def observe(self, predicted: float, measured: float) -> None:
-        """Learns from a step; predicted is what the profile says, without the factor."""
-        if predicted <= 0 or measured <= 0:
-            return
-        error = math.log(measured / predicted) - self._log
-        limit = 3 * self._spread
-        clipped = min(max(error, -limit), limit)
-        self._log += self._rate * clipped
-        # The mean absolute deviation of a normal variable is 0.8 of its standard deviation.
-        self._spread = max(0.01, self._spread + self._rate * (1.25 * abs(clipped) - self._spread))
-
-
-class LiveCurve:
-    """How much slower than its profile a pass runs now, by its new tokens.
-
-    What all passes have in common is followed within a few steps, as a machine becomes slower or faster for all of
-    them. What is left at passes of about a size, in which the profile must be wrong, is learnt slowly and kept. Sizes
-    that were never seen take after the nearest that were.
-
-    Args:
-        memory: Passes of a size after which an old one counts a third.
-    """
-
-    def __init__(self, memory: float = 400.0) -> None:
-        self.scale = LiveScale()
-        self._memory = memory
-        self._seen: dict[int, tuple[int, float]] = {}  # size -> passes, and the logarithm that is left
-        self._sizes, self._left = [0.0], [0.0]  # the same for interpolation
-
-    @property
-    def spread(self) -> float:
-        """See `LiveScale`."""
-        return self.scale.spread
-
-    def factors(self, new: Floats) -> Floats:
-        """Measured over profiled seconds of passes over so many new tokens. new: any shape."""
-        left = np.interp(PER_OCTAVE * np.log2(np.maximum(new, 1)), self._sizes, self._left)
-        return self.scale.factor * np.exp(left)
-
-    def factor(self, new: int) -> float:
-        """The same of one pass."""
-        size, sizes, left = PER_OCTAVE * math.log2(max(new, 1)), self._sizes, self._left
-        place = bisect.bisect_right(sizes, size)
-        if 0 < place < len(sizes):
-            share = (size - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
-            found = left[place - 1] + share * (left[place] - left[place - 1])
-        else:
-            found = left[0] if not place else left[-1]
-        return self.scale.factor * math.exp(found)
-
-    def observe(self, profiled: float, measured: float, new: int) -> None:
-        """Learns from a pass over so many new tokens that should take so long by the profile."""
-        if profiled <= 0 or measured <= 0:
-            return
-        size = round(PER_OCTAVE * math.log2(max(new, 1)))
-        passes, left = self._seen.get(size, (0, 0.0))
-        limit = 3 * self.spread
-        error = math.log(measured / profiled) - left - math.log(self.scale.factor)
-        self.scale.observe(profiled * math.exp(left), measured)
-        left += min(max(error, -limit), limit) / min(passes + FIRST, self._memory)
-        self._seen[size] = passes + 1, left
-        self._sizes = sorted(map(float, self._seen))
-        self._left = [self._seen[int(size)][1] for size in self._sizes]

@@ -223,7 +223,7 @@ class Goodput:
         return Quick(
             seconds=self.clock.seconds(load, max(room, min(budget, rows * ROOM))).tolist(),
             emitting=rows,
-            costs={name: self.clock.draft(name) for name in self.drafters if name not in self._resting},
+            costs={name: self.clock.draft(name, load.sampled_share) for name in self.drafters.keys() - self._resting},
             horizon=self._horizon,
             sharing=dict(sharing),
             sizes={seq: len(made.bet.tree) for seq, made in self._made.items()},
@@ -247,7 +247,7 @@ class Goodput:
                 drafter.offered += 0.1 * (len(filled) / able - drafter.offered)
             if filled:
                 places, offered = zip(*filled, strict=True)
-                cost = self.clock.draft(name)
+                cost = self.clock.draft(name, step.sampled_share)
                 found.append(MethodOffers.of(self.drafter(name), places, offered, step, cost, self._horizon))
         return found
 
@@ -374,8 +374,8 @@ def _only_decodes(row: PolicyRow) -> bool:
 def _loads(step: Rows, emitting: int) -> tuple[Load, Load]:
     """What the step does anyway, and what it would do without the prompts in it."""
     known = step.start + step.count
-    whole = Load(len(step.seqs), int(step.count.sum()), int(known.sum()))
-    return whole, Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting)
+    whole = Load(len(step.seqs), int(step.count.sum()), int(known.sum()), step.sampled)
+    return whole, Load(emitting, emitting, int(step.start[step.samples].sum()) + emitting, step.sampled)
 
 
 def _counted(candidates: Sequence[Candidates], guesses: Sequence[Guesses], weights: Floats) -> tuple[Guesses, ...]:

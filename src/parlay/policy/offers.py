@@ -36,21 +36,30 @@ class Rows:
     count: Ints
     samples: Bools
     deepest: Ints  # 0 where nothing may be bet
+    sampled: int  # rows that sample
     wishes: bool  # whether some row asked for more than its share
 
     @classmethod
     def of(cls, rows: Sequence[PolicyRow]) -> Rows:
         if not rows:
             none = np.zeros(0, dtype=np.intp)
-            return cls([], none, none, none.astype(bool), none, False)
+            return cls([], none, none, none.astype(bool), none, 0, False)
         read = [(r.seq, r.start, r.count, r.samples, r.max_depth, r.speculation, r.target_tpot) for r in rows]
         seqs, start, count, samples, depth, asked, targets = map(list, zip(*read, strict=True))
         emits = np.array(samples, dtype=bool)
         deepest = np.array(depth, dtype=np.intp) * emits
         if "off" in asked:
             deepest[[wish == "off" for wish in asked]] = 0
+        sampled = sum(row.samples and not row.is_greedy for row in rows)
         wishes = "max" in asked or targets.count(None) < len(rows)
-        return cls(seqs, np.array(start, dtype=np.intp), np.array(count, dtype=np.intp), emits, deepest, wishes)
+        return cls(
+            seqs, np.array(start, dtype=np.intp), np.array(count, dtype=np.intp), emits, deepest, sampled, wishes
+        )
+
+    @property
+    def sampled_share(self) -> float:
+        """Of the rows that emit."""
+        return self.sampled / max(1, int(self.samples.sum()))
 
 
 def least_survival(size: int) -> float:

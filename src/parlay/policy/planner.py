@@ -55,6 +55,7 @@ class Planner:
         size: Most guesses of a row.
         depth: Most levels.
         chains: Whether only chains may be bet.
+        sampled: Whether rows sample their tokens.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Planner:
         size: int = 64,
         depth: int = 12,
         chains: bool = False,
+        sampled: bool = False,
     ) -> None:
-        self._profile, self._context = profile, context
+        self._profile, self._context, self._sampled = profile, context, sampled
         matrices = {name: np.atleast_2d(matrix)[:, : 1 if chains else None] for name, matrix in acceptance.items()}
         size = min(size, depth) if chains else size
         self._trees = {name: OptimalTrees(matrix, size, depth) for name, matrix in matrices.items()}
@@ -76,10 +78,12 @@ class Planner:
         """[..] of a step in which every row has trees of these sizes and depths."""
         profile, context = self._profile, batch * self._context
         guesses = batch * np.asarray(sizes, dtype=np.float64)
-        total = profile.verify(batch + guesses, batch, context) + profile.host(batch, 0)
+        total = profile.verify(batch + guesses, batch, context) + profile.host(batch, 0, batch if self._sampled else 0)
         total = total + profile.host.per_guess * guesses
         if method is not None:
             cost = profile.draft(method)
+            if self._sampled:
+                cost = sum(profile.sampled(method), start=cost)
             total = total + (cost(0, batch, 0, context) + cost.per_level * depth + cost.per_guess * guesses)
         return total
 
