@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from slower_disk import add_read_rate, held_reads
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 from trial import Conditions, Estimate, Tokens, add_drafters, conditions, new_engine, new_parser
 
@@ -25,7 +26,7 @@ from parlay.bench import environment, report
 from parlay.bench.report import progress, table
 from parlay.bench.workloads import encode, load_prompts
 from parlay.bets import parse_bet
-from parlay.engine import profiles, streaming
+from parlay.engine import profiles
 from parlay.engine.checkpoint import resolve
 from parlay.engine.engine import Engine
 from parlay.engine.streaming import Placement, size_of
@@ -142,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bets", nargs="+", default=usual, help="(default: %(default)s)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=(0.0, 0.6), help="(default: %(default)s)")
     parser.add_argument("--memory-budget", type=parse_bytes, default=96 << 20, help="for layers (default: 96MiB)")
-    parser.add_argument("--read-rate", type=parse_bytes, help="as if the disk read no more bytes a second than these")
+    add_read_rate(parser)
     parser.add_argument("--no-accelerate", dest="accelerate", action="store_false", help="leave Accelerate out")
     add_drafters(parser)
     return parser.parse_args()
@@ -150,18 +151,10 @@ def parse() -> argparse.Namespace:
 
 def made_anew(options: argparse.Namespace, bets: Sequence[str]) -> dict[str, Engine]:
     """An engine for each bet, which read at no more than the given rate and know nothing of earlier measurements."""
-
-    class Disk(streaming.Disk):
-        def fetch(self, number: int, into: torch.Tensor, mark: object) -> None:
-            began = time.perf_counter()
-            super().fetch(number, into, mark)
-            if options.read_rate:
-                time.sleep(max(0.0, len(into) / options.read_rate - (time.perf_counter() - began)))
-
     settings: dict[str, Any] = {"offload": "disk", "memory_budget": options.memory_budget, "max_num_seqs": 4}
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(streaming, "Disk", Disk),
+        held_reads(options.read_rate),
         patch.object(profiles, "stored", lambda engine: Path(folder) / "profile.json"),
     ):
         return {bet: new_engine(options, parse_bet(bet), compile="wait", **settings) for bet in bets}

@@ -38,6 +38,7 @@ from sequoia_trees import (
     machines,
     shape,
 )
+from slower_disk import add_read_rate, held_reads
 from trial import Conditions, acceptance, add_trees, comb_engine, conditions, measure, new_parser
 
 from parlay.bench import environment, report
@@ -100,6 +101,7 @@ class Sequoia(Conditions):
 
     method: str
     memory_budget: int  # bytes for layers of the second machine
+    read_rate: int | None  # bytes a second that its reading was held to
     acceptance_prompts: int
     settings: tuple[Setting, ...]
     acceptance: tuple[list[list[float]], ...]  # by setting, level and child
@@ -118,6 +120,7 @@ def main() -> None:
         **conditions(options, prompts),
         method=options.method,
         memory_budget=options.memory_budget,
+        read_rate=options.read_rate,
         acceptance_prompts=len(measured_on),
         settings=tuple(matrices),
         acceptance=tuple(matrix.round(4).tolist() for matrix in matrices.values()),
@@ -160,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--calibrate", choices=("quick", "full"), default="quick", help="how to time steps (default: %(default)s)"
     )
+    add_read_rate(parser)
     parser.add_argument("--plot", type=Path, default=Path("docs/images/sequoia.svg"), help="(default: %(default)s)")
     options = parser.parse_args()
     if Setting(options.grid_temperature) not in options.settings:
@@ -198,7 +202,8 @@ def compare(
     context: int,
 ) -> OnMachine:
     """Plans a tree for every setting, and times it beside others."""
-    found = costs(options, machine)
+    with held_reads(options.read_rate):
+        found = costs(options, machine)
     planners = {
         setting: Planner(
             found.profile,
@@ -215,7 +220,8 @@ def compare(
     best = OptimalTrees(matrices[at], machine.size, DEPTH)
     others = grid(best, options.grid or machine.grid, programs[at][1])
     programs[at] = list(dict.fromkeys([*programs[at], *others]))
-    turns = Turns(options, machine, [program for some in programs.values() for program in some], prompts)
+    with held_reads(options.read_rate):
+        turns = Turns(options, machine, [program for some in programs.values() for program in some], prompts)
     rounds: list[Round] = []
     with progress(f"{machine.name}: answering", len(prompts) * sum(map(len, programs.values()))) as advance:
         for setting, some in programs.items():

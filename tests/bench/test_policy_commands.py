@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from parlay.cli import app
+from parlay.policy.cost import DraftCost
+from parlay.policy.profiles import read_profile
 
 LOAD = ("--requests", "40", "--seeds", "1", "--lengths", "64,32")
 
@@ -26,6 +29,21 @@ def test_plan_shows_a_table_a_tree_and_the_break_even() -> None:
     assert any(line.split()[:2] == ["512", "none"] for line in lines)
     assert "└── " in result.stdout
     assert "break-even: a bet pays up to a batch size of" in result.stdout
+
+
+def test_plan_for_rows_that_sample(tmp_path: Path) -> None:
+    refused = run("plan", "--sampled")
+    assert refused.exit_code == 2
+    assert "sampled: the profile does not say what sampling takes" in refused.stderr
+    dear = {"eagle": DraftCost(per_guess=0.002)}
+    replace(read_profile("h100-llama-8b"), drawing=dear).save(path := tmp_path / "profile.json")
+    found = []
+    for some in ([], ["--sampled"]):
+        printed = run("plan", "--profile", str(path), "--batch", "1", *some)
+        numbers = json.loads(run("plan", "--profile", str(path), "--batch", "1", *some, "--json", "-").stdout)
+        assert ("rows that sample" in printed.stdout) == numbers["sampled"] == bool(some)
+        found.append(numbers["lines"][0]["guesses"])
+    assert found[1] < found[0]
 
 
 def test_plan_writes_numbers_and_a_picture(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from parlay.config import EngineConfig
 from parlay.engine import profiles
-from parlay.engine.calibration import calibrate, shapes
+from parlay.engine.calibration import calibrate, knots_near, shapes
 from parlay.engine.engine import Engine
 from parlay.engine.profiles import GUESS, LEVEL, profile_for, stored
 from parlay.engine.stopwatch import Limits, Shape
@@ -44,7 +44,7 @@ def outputs(engine: Engine) -> dict[str, list[int]]:
 def test_an_engine_is_measured_and_is_as_new(folder: Path, method: str) -> None:
     expected = outputs(engine_with(folder, method))
     engine, shares = engine_with(folder, method), list[float]()
-    free = engine.scheduler.blocks.num_free
+    free, before = engine.scheduler.blocks.num_free, engine.policy
     found = calibrate(engine, "quick", shares.append)
     profile = found.profile
     assert found.shapes > 20
@@ -58,6 +58,8 @@ def test_an_engine_is_measured_and_is_as_new(folder: Path, method: str) -> None:
     assert set(profile.drawing) == {method}
     drawing, choosing = profile.sampled(method)
     assert drawing(3, 1, 8, 0) + choosing(3, 1, 8, 0) > 0, "rows that sample draw their guesses"
+    assert engine.policy is before
+    assert not engine.has_work
     assert 0 <= found.median_error <= found.worst_error
     assert not engine.drafters.failed
     assert engine.scheduler.blocks.num_free == free
@@ -73,10 +75,23 @@ def test_shapes_stay_within_an_engine() -> None:
     assert {shape.context for shape in some} == {32, 256}
     assert all(shape.rows * -(-(shape.context + 9) // 16) <= 60 for shape in some)
     assert shapes(Limits(1, 1, 64, 4, 16), streams=False) == [Shape(1, 32, 1)]
-    assert {Shape(1, 32, new) for new in (25, 49)}.isdisjoint(some)
     wide = Limits(rows=4, new=1024, context=2000, pages=500, page_size=16)
-    assert Shape(1, 32, 513) in shapes(wide, streams=True), "where layers stream, trees may be large"
+    assert {Shape(1, 32, new) for new in (25, 49, 513)} <= {*shapes(wide, streams=True)}, (
+        "where layers stream, trees may be large"
+    )
     assert Shape(1, 32, 513) not in shapes(wide, streams=False)
+
+
+def test_a_curve_has_no_knots_where_no_pass_was_timed() -> None:
+    """What lies between 34 and 65 tokens is a line, not a step at 48 that nothing tells from one at 64."""
+    sizes = [Shape(1, 32, new) for new in (1, 2, 4, 8, 17, 33, 65)] + [Shape(2, 32, 17)]
+    assert knots_near(sizes) == [1, 2, 4, 8, 16, 32, 64]
+    assert knots_near([Shape(1, 32, 49), *sizes]) == [1, 2, 4, 8, 16, 32, 48, 64]
+
+
+def test_how_siblings_are_drawn_is_measured_apart(folder: Path) -> None:
+    paths = {stored(engine_with(folder, "self", tree_sampling=drawn)) for drawn in ("sequoia", "topk")}
+    assert len(paths) == 2
 
 
 def test_it_is_kept_and_measured_again_where_it_does_not_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,11 @@ def walk(tree: Tree, p: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]
     return tuple(path)
 
 
+def _totals(trees: Sequence[Tree]) -> tuple[int, int, int, int]:
+    """Levels, rows, guesses and no context."""
+    return max(tree.depth for tree in trees), len(trees), sum(map(len, trees)), 0
+
+
 class Machine:
     """Runs a policy's steps.
 
@@ -70,7 +76,7 @@ class Machine:
         verify = float(self.profile.verify(new + guesses, len(rows), context))
         sampled = sum(not row.is_greedy for row in rows)
         drawing, choosing = self._sampled(rows, results)
-        host = self.profile.host(len(rows), guesses, sampled) + choosing
+        host = self.profile.around(len(rows), guesses, sampled) + choosing
         seconds = {"verify": verify, "draft": self._draft(results) + drawing, "accept": host}
         seconds = {part: self.slower * time for part, time in seconds.items()}
         self.policy.observe(rows, StepResult(tuple(results), seconds))
@@ -87,14 +93,11 @@ class Machine:
 
     def _sampled(self, rows: Sequence[PolicyRow], results: Sequence[RowResult]) -> tuple[float, float]:
         """What drawing guesses takes more, and choosing among them."""
-        found = [0.0, 0.0]
-        for name in {got.method for got in results if got.method is not None}:
-            pairs = zip(rows, results, strict=True)
-            trees = [got.tree for row, got in pairs if got.method == name and not row.is_greedy]
-            if trees:
-                what = max(tree.depth for tree in trees), len(trees), sum(map(len, trees)), 0
-                found = [sum_ + cost(*what) for sum_, cost in zip(found, self.profile.sampled(name), strict=True)]
-        return found[0], found[1]
+        pairs = [(got.method, got.tree) for row, got in zip(rows, results, strict=True) if not row.is_greedy]
+        drawn = {name: [tree for other, tree in pairs if other == name] for name in self.profile.drawing}
+        drawing = sum(self.profile.drawing[name](*_totals(trees)) for name, trees in drawn.items() if trees)
+        trees = list(itertools.chain.from_iterable(drawn.values()))
+        return drawing, self.profile.choosing(*_totals(trees)) if trees else 0.0
 
     def _result(self, bet: Bet | None) -> RowResult:
         if bet is None:

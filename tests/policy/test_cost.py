@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -25,7 +26,8 @@ PROFILE = Profile(
     dtype="bfloat16",
     verify=VerifyCost((1, 8, 16), (0.012, 0.017, 0.025), 1e-5, 1e-8),
     drafts={"draft_model": DraftCost(per_level=0.002, per_guess=1e-5), "prompt_lookup": DraftCost()},
-    host=HostCost(per_row=2e-5, per_sampled=1e-6),
+    host=HostCost(per_row=2e-5),
+    sampling=HostCost(1e-4, 1e-6),
     drawing={"draft_model": DraftCost(per_row=1e-4)},
     choosing=DraftCost(per_step=1e-3, per_guess=1e-4),
     notes="made up",
@@ -61,9 +63,25 @@ def test_a_draft_costs_what_its_parts_cost() -> None:
     cost = DraftCost(1.0, 10.0, 100.0, 1000.0, 0.5)
     assert cost(2, 3, 4, 6) == 1 + 20 + 300 + 4000 + 3
     assert HostCost(1.0, 2.0, 3.0)(4, 5) == 1 + 8 + 15
-    assert HostCost(1.0, 2.0, 3.0, 0.5)(4, 5, 2) == 1 + 8 + 15 + 1
     assert PROFILE.draft("unheard of")(4, 4, 4, 4) == 0
     assert (cost + cost.scaled(2.0))(2, 3, 4, 6) == pytest.approx(3 * cost(2, 3, 4, 6))
+
+
+def test_rows_that_sample_cost_more() -> None:
+    assert PROFILE.around(4, 0, 0) == PROFILE.host(4, 0) == pytest.approx(8e-5)
+    assert PROFILE.around(4, 0, 3) == pytest.approx(8e-5 + 1e-4 + 3e-6)
+    cost = DraftCost(1.0, 10.0, 100.0, 1000.0, 0.5)
+    assert cost.shared(0.25)(2, 4, 8, 16) == 1 + 20 + 100 + 2000 + 2, "a level takes as long for one row as for many"
+
+
+def test_a_file_without_costs_of_sampling_is_one_where_it_costs_nothing(tmp_path: Path) -> None:
+    PROFILE.save(path := tmp_path / "profile.json")
+    written = json.loads(path.read_text())
+    for part in ("sampling", "drawing", "choosing"):
+        del written[part]
+    found = Profile.of(written)
+    assert found.sampled("draft_model") == (DraftCost(), DraftCost())
+    assert found.around(4, 0, 4) == PROFILE.host(4, 0)
 
 
 def test_only_guesses_that_are_drawn_are_chosen_among() -> None:

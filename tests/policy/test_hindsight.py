@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from parlay.policy.acceptance import MethodAcceptance, Trials
@@ -45,6 +47,19 @@ def test_a_chain_takes_its_steps_over_what_it_earns() -> None:
     step = (10 + 4 + 4) + (1 + 4 * 0.25 + 4 * 0.1) + (2 * 2 + 4 * 0.5)  # two of four rows have two guesses each
     assert found["d:2"] == pytest.approx(120 * step / (4 + 2 * (a + a * b)))
     assert set(found) == {"off", "d:1", "d:2", "d:3", "d:4", "d:6", "d:8"}
+
+
+def test_rows_that_sample_take_longer() -> None:
+    """Half of all rows, over the steps."""
+    profile = replace(PROFILE, sampling=HostCost(0.5, 0.25), drawing={"d": DraftCost(per_level=1.0, per_guess=0.25)})
+    decoded = {4: Decoded(10, 400, 120, 99.0, sampled=20)}
+    some = drafter(500, 1000)
+    plain, found = (seconds_of_choices(Clock(of), {"d": some}, decoded) for of in (PROFILE, profile))
+    assert found["off"] - plain["off"] == pytest.approx(120 / 4 * (0.5 + 2 * 0.25))
+    assert isinstance(some.acceptance, MethodAcceptance)
+    emitted = 4 * (1 + some.acceptance.pool[0, 0])
+    more = (0.5 + 2 * 0.25) + (1.0 + 2 * 0.25)  # two of the four guesses are drawn
+    assert found["d:1"] - plain["d:1"] == pytest.approx(120 * more / emitted)
 
 
 def test_methods_that_nothing_is_known_of_are_left_out() -> None:

@@ -37,7 +37,7 @@ def test_the_best_bet_is_the_best_of_all_sizes_and_depths(batch: int) -> None:
 
 def test_sampled_rows_pay_for_drawing_and_choosing() -> None:
     drawing, choosing = DraftCost(per_level=0.0002, per_guess=0.0004), DraftCost(0.0005, 0.0, 0.0003, 0.0005)
-    dear = replace(PROFILE, host=HostCost(0.0005, 1e-5, 1e-6, 0.0002), drawing={"draft": drawing}, choosing=choosing)
+    dear = replace(PROFILE, sampling=HostCost(0.0, 0.0002), drawing={"draft": drawing}, choosing=choosing)
     acceptance = {"draft": np.array([0.6, 0.15])}
     greedy, sampled = (Planner(dear, acceptance, size=24, depth=6, sampled=some) for some in (False, True))
     assert len(sampled.best(2).tree) < len(greedy.best(2).tree)

@@ -223,6 +223,17 @@ def test_drafters_read_what_they_missed_before_they_guess() -> None:
     assert found.counts.busy == pytest.approx(plain.counts.busy + reading + 2 * 0.0001)
 
 
+def test_what_sampling_costs_does_not_bear_on_simulated_steps() -> None:
+    """They are greedy ones, for the policy as for the machine."""
+    work = draw([Phase(20, 10)], (np.array([30]), np.array([40])), KINDS, seed=1)
+    drawn = {"drawing": {"draft": DraftCost(per_guess=0.1)}, "sampling": HostCost(0.1), "choosing": DraftCost(0.1)}
+    plain, dear = (
+        simulate(Server(profile), work, KINDS, OFFERS, lambda profile=profile: Goodput(profile))
+        for profile in (PROFILE, dataclasses.replace(PROFILE, **drawn))
+    )
+    assert dear.finish.tolist() == plain.finish.tolist()
+
+
 def test_slower_machines_are_simulated_slower() -> None:
     work = draw([Phase(30, 2)], (np.array([50]), np.array([50])), KINDS, seed=0)
     slow = dataclasses.replace(PROFILE, verify=VerifyCost.linear(0.020, 0.0002), host=HostCost(per_step=0.002))

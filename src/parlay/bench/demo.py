@@ -238,14 +238,18 @@ def _speed(levels: Sequence[Comparison]) -> str:
     paid = [level.name for level in levels if level.ratio > 1 + CLEARLY]
     cost = [level.name for level in levels if level.ratio < 1 - CLEARLY]
     if paid and cost:
-        verdict = f"it paid at {' and '.join(paid)} and cost speed at {' and '.join(cost)}"
+        verdict = f"it paid at {_listed(paid)} and cost speed at {_listed(cost)}"
     elif cost:
-        verdict = f"it cost speed at {' and '.join(cost)} and paid nowhere"
+        verdict = f"it cost speed at {_listed(cost)} and paid nowhere"
     elif paid:
-        verdict = f"it paid at {' and '.join(paid)} and cost speed nowhere"
+        verdict = f"it paid at {_listed(paid)} and cost speed nowhere"
     else:
         verdict = "no clear difference"
     return f"Deciding by itself, Parlay gives these tokens/s against off: {ratios} requests at a time: {verdict}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _equality(equal: int, compared: int) -> str:

@@ -56,6 +56,7 @@ class Plans:
 
     profile: str
     acceptance: str
+    sampled: bool
     context: int
     break_even: int | None
     searched: int
@@ -85,6 +86,8 @@ def run(
     costs, sizes = read_profile(profile), _batch_sizes(batches)
     kinds = read_kinds(acceptance, method or first_drafter(costs))
     matrices = acceptance_of(kinds, costs)
+    if sampled and not costs.drawing:
+        raise ValueError("sampled: the profile does not say what sampling takes; leave it out, or calibrate anew")
     planner = Planner(
         costs,
         matrices,
@@ -105,7 +108,7 @@ def run(
     plans = [planner.best(batch) for batch in sizes]
     most = max(512, *sizes)
     even = planner.break_even(most)
-    found = Plans(costs.key, acceptance, context, even, most, tuple(Line.of(some) for some in plans))
+    found = Plans(costs.key, acceptance, sampled, context, even, most, tuple(Line.of(some) for some in plans))
     if json_to is not None:
         environment.deliver(json_to, captured, found)
     if plot is not None:
@@ -168,9 +171,8 @@ def _print(found: Plans, plans: list[BatchPlan], matrices: dict[str, Floats]) ->
         for line in found.lines
     ]
     out = console()
-    out.print(
-        table(f"{found.profile}, {found.context} tokens of context: the best bet by batch size", columns, rows, 2)
-    )
+    about = f"{found.context} tokens of context" + (", rows that sample" if found.sampled else "")
+    out.print(table(f"{found.profile}, {about}: the best bet by batch size", columns, rows, 2))
     first = plans[0]
     if first.method is not None:
         out.print(draw(first.tree, matrices[first.method], f"batch {first.batch}: {first.method}"))

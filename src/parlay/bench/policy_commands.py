@@ -53,8 +53,7 @@ def plan(
         bool,
         typer.Option(
             "--sampled",
-            help="Rows sample their tokens, so that guesses are drawn and chosen among, as far as the profile knows "
-            "what that takes.",
+            help="Rows sample their tokens, so that guesses are drawn and chosen among; for calibrated profiles.",
             rich_help_panel="Costs and odds",
         ),
     ] = False,

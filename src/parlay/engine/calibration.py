@@ -12,7 +12,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -114,11 +114,12 @@ def calibrate(engine: Engine, how: Literal["quick", "full"], advance: Callable[[
         advance(0.5 + 0.2 * (place + 1) / len(guessing))
     drafts |= {name: DraftCost() for name, drafter in engine.drafters.by_name.items() if drafter.deterministic}
     drawn = [drafter.name for drafter in guessing if not drafter.begins_next]
-    host, drawing, choosing = time_host(engine, min(HOST_ROWS, limits.rows), _per_guess(choices), drawn)
+    some, seconds = min(HOST_ROWS, limits.rows), 0.3 * SECONDS[how]
+    times = time_host(engine, some, _per_guess(choices), drawn, seconds, lambda share: advance(0.7 + 0.3 * share))
     engine.forget_answers()
     advance(1.0)
     profile, errors = _fitted(passes, engine)
-    profile = replace(profile, drafts=drafts, host=host, drawing=drawing, choosing=choosing)
+    profile = replace(profile, drafts=drafts, **times._asdict())
     return Calibration(profile, len(passes), *errors, time.monotonic() - began)
 
 
@@ -164,22 +165,28 @@ def _fitted(passes: Timed, engine: Engine) -> tuple[Profile, tuple[float, float]
     measured = {shape: statistics.median(some) for shape, some in passes.items() if some}
     apart = {shape for place, shape in enumerate(measured) if place % HELD_OUT == HELD_OUT // 2}
     rest = {shape: seconds for shape, seconds in measured.items() if shape not in apart}
-    errors = relative_errors(_fit(rest or measured), *_columns({shape: measured[shape] for shape in apart or measured}))
+    knots = knots_near(measured)
+    held_out = {shape: measured[shape] for shape in apart or measured}
+    errors = relative_errors(_fit(rest or measured, knots), *_columns(held_out))
     profile = Profile(
         hardware=hardware(engine.model.devices),
         model=engine.config.model,
         dtype=str(engine.model.dtype).removeprefix("torch."),
-        verify=_fit(measured),
+        verify=_fit(measured, knots),
         notes=f"measured by parlay; off by {errors[0]:.1%} (median) and {errors[1]:.1%} (worst) at shapes held out",
     )
     return profile, errors
 
 
-def _fit(measured: Mapping[Shape, float]) -> VerifyCost:
+def knots_near(shapes: Iterable[Shape]) -> list[int]:
+    """Those that some pass lies near: at others nothing would tell a step before it from one behind it."""
+    sizes = {shape.rows * shape.new for shape in shapes}
+    return sorted({min(KNOTS, key=lambda knot: abs(math.log(knot / size))) for size in sizes})
+
+
+def _fit(measured: Mapping[Shape, float], knots: Sequence[int]) -> VerifyCost:
     new, rows, context, seconds = _columns(measured)
-    # Where no pass lies near a knot, nothing would tell a step before it from one behind it.
-    knots = {min(KNOTS, key=lambda knot: abs(math.log(knot / n))) for n in new.tolist()}
-    return fit_verify(new, rows, context, seconds, sorted(knots)).cost
+    return fit_verify(new, rows, context, seconds, knots).cost
 
 
 def _columns(measured: Mapping[Shape, float]) -> tuple[Ints, Ints, Ints, Floats]:

@@ -130,7 +130,7 @@ class Monitor:
         second.status, second.policy = self._engine.status(), self._engine.policy_name
         if plain and not own:
             some = second.decoded.setdefault(len(rows), Decoded())
-            some.add(Decoded(1, context, emitting, seconds))
+            some.add(Decoded(1, context, emitting, seconds, sum(not row.is_greedy for row in rows)))
         policy = self._engine.policy
         if isinstance(policy, Goodput) and policy.expected.seconds and not own:
             second.expected_tokens += policy.expected.emitted

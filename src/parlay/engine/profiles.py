@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GUESS = Profile("unknown", "unknown", "unknown", VerifyCost.linear(0.02, 0.002), notes="never measured")
+FORMAT = 2  # of what is measured; what was stored in another one is measured again
 LEVEL = DraftCost(per_level=0.002)  # as rough a guess, of drafters that run a model
 
 
@@ -93,7 +94,7 @@ def stored(engine: Engine) -> Path:
     model, config = engine.model, engine.config
     about = (
         hardware(model.devices), str(model.dtype), config.parity, engine.compiled, config.max_num_batched_tokens,
-        config.max_num_seqs, config.offload, config.memory_budget,
+        config.max_num_seqs, config.offload, config.memory_budget, config.tree_sampling, FORMAT,
         sorted(engine.drafters.by_name), sorted(engine.drafters.sources.items()), _begun(engine), torch.__version__,
         native.key(),
     )  # fmt: skip

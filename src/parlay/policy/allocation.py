@@ -57,7 +57,7 @@ class Candidates(ABC):
     Attributes:
         rows: [trees] the row of each tree.
         own: [trees] seconds that betting on it costs before any guess.
-        cost: What the drafter takes for steps, levels and guesses.
+        cost: What steps, levels and guesses take beside the pass.
         levels: Of the deepest tree.
     """
 

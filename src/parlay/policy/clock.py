@@ -39,11 +39,6 @@ class Load:
     context: int
     sampled: int = 0
 
-    @property
-    def sampled_share(self) -> float:
-        """Of the rows."""
-        return self.sampled / self.rows
-
 
 @dataclass(slots=True)
 class _Drafted:
@@ -54,7 +49,8 @@ class _Drafted:
     guesses: int = 0
     context: int = 0
     catch_up: int = 0
-    drawn_rows: int = 0
+    drawn_rows: int = 0  # those that sample, and the same of them
+    drawn_levels: int = 0
     drawn_guesses: int = 0
 
 
@@ -76,7 +72,7 @@ class Clock:
         guesses = np.arange(room + 1.0)
         new = load.new + guesses
         passes = self.profile.verify(new, load.rows, load.context) * self.verify.factors(new)
-        return passes + self.host.factor * self.profile.host(load.rows, guesses, load.sampled)
+        return passes + self.host.factor * self.profile.around(load.rows, guesses, load.sampled)
 
     def draft(self, method: str, sampled_share: float = 0.0) -> DraftCost:
         """What a drafter takes, and betting on its guesses, where such a share of the rows samples."""
@@ -85,11 +81,8 @@ class Clock:
         if not sampled_share:
             return found
         drawing, choosing = self.profile.sampled(method)
-        return (
-            found
-            + drawing.scaled(sampled_share * self.drafting.factor)
-            + choosing.scaled(sampled_share * self.host.factor)
-        )
+        drawing, choosing = drawing.scaled(self.drafting.factor), choosing.scaled(self.host.factor)
+        return found + (drawing + choosing).shared(sampled_share)
 
     def learnt(self) -> Profile:
         """The profile as it has turned out to be."""
@@ -107,6 +100,7 @@ class Clock:
             ),
             drafts={method: self.draft(method) for method in self.profile.drafts},
             host=self.profile.host.scaled(self.host.factor),
+            sampling=self.profile.sampling.scaled(self.host.factor),
             drawing={name: cost.scaled(self.drafting.factor) for name, cost in self.profile.drawing.items()},
             choosing=self.profile.choosing.scaled(self.host.factor),
         )
@@ -140,21 +134,24 @@ class Clock:
                 some.catch_up += catch_up.get(row.seq, 0) if catch_up else 0
                 if not row.is_greedy:
                     some.drawn_rows, some.drawn_guesses = some.drawn_rows + 1, some.drawn_guesses + size
+                    some.drawn_levels = max(some.drawn_levels, got.tree.depth)
         count, profile = len(rows), self.profile
         plain = profile.verify.at(new, count, known)
-        off = plain * self.verify.factor(new) + self.host.factor * profile.host(count, 0, sampled)
+        off = plain * self.verify.factor(new) + self.host.factor * profile.around(count, 0.0, sampled)
         passed = profile.verify.at(new + guesses, count, known) if guesses else plain
         self.verify.observe(passed, verify, new + guesses)
-        guessing = reading = choosing = 0.0
+        guessing = reading = 0.0
+        drawn = _Drafted()  # by all methods together
         for method, some in drafted.items():
             cost = profile.draft(method)
             guessing += cost(some.levels, some.rows, some.guesses, some.context)
             reading += cost.per_catch_up * some.catch_up
-            if some.drawn_rows:
-                drawn = profile.sampled(method)
-                guessing += drawn[0](some.levels, some.drawn_rows, some.drawn_guesses, 0)
-                choosing += drawn[1](some.levels, some.drawn_rows, some.drawn_guesses, 0)
-        self.host.observe(profile.host(count, guesses, sampled) + choosing, host)
+            if some.drawn_rows and method in profile.drawing:
+                guessing += profile.drawing[method](some.drawn_levels, some.drawn_rows, some.drawn_guesses, 0)
+                drawn.levels = max(drawn.levels, some.drawn_levels)
+                drawn.rows, drawn.guesses = drawn.rows + some.drawn_rows, drawn.guesses + some.drawn_guesses
+        choosing = profile.choosing(drawn.levels, drawn.rows, drawn.guesses, 0) if drawn.rows else 0.0
+        self.host.observe(profile.around(count, guesses, sampled) + choosing, host)
         if catch_up is None:
             pass
         elif reading > guessing:

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,6 +119,12 @@ class DraftCost:
             self.ahead,
         )
 
+    def shared(self, share: float) -> DraftCost:
+        """The same for such a share of the rows; a step or a level takes as long for one row as for many."""
+        return replace(
+            self, per_row=share * self.per_row, per_guess=share * self.per_guess, per_context=share * self.per_context
+        )
+
     def __add__(self, more: DraftCost) -> DraftCost:
         return DraftCost(
             self.per_step + more.per_step,
@@ -142,22 +148,18 @@ class HostCost:
         per_step: Seconds once a step.
         per_row: Seconds for every row.
         per_guess: Seconds for every guess.
-        per_sampled: Seconds more for every row that samples.
     """
 
     per_step: float = 0.0
     per_row: float = 0.0
     per_guess: float = 0.0
-    per_sampled: float = 0.0
 
     def scaled(self, factor: float) -> HostCost:
         """The same on a machine that is so much slower."""
-        return HostCost(
-            factor * self.per_step, factor * self.per_row, factor * self.per_guess, factor * self.per_sampled
-        )
+        return HostCost(factor * self.per_step, factor * self.per_row, factor * self.per_guess)
 
-    def __call__(self, rows: float, guesses: N, sampled: float = 0.0) -> N:
-        return self.per_guess * guesses + (self.per_step + self.per_row * rows + self.per_sampled * sampled)
+    def __call__(self, rows: float, guesses: N) -> N:
+        return self.per_guess * guesses + (self.per_step + self.per_row * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,9 @@ class Profile:
         verify: The target's pass.
         drafts: Drafters by method.
         host: The rest.
-        drawing: By method, what guessing takes more for rows that sample, of those that then draw their guesses.
-        choosing: What choosing among such guesses takes, a part of the host's.
+        sampling: What it takes more for rows that sample; those with a seed, which choose otherwise, count as well.
+        drawing: By method, what guessing takes more for such rows, of methods that then draw their guesses.
+        choosing: What choosing among drawn guesses takes, a part of the host's.
         notes: Where the numbers come from.
     """
 
@@ -182,6 +185,7 @@ class Profile:
     verify: VerifyCost
     drafts: Mapping[str, DraftCost] = field(default_factory=dict)
     host: HostCost = HostCost()
+    sampling: HostCost = HostCost()
     drawing: Mapping[str, DraftCost] = field(default_factory=dict)
     choosing: DraftCost = DraftCost()
     notes: str = ""
@@ -194,6 +198,16 @@ class Profile:
     def draft(self, method: str) -> DraftCost:
         """Of a drafter that the profile does not know: nothing."""
         return self.drafts.get(method, DraftCost())
+
+    def around(self, rows: float, guesses: N, sampled: float) -> N:
+        """Seconds of the host without choosing among drawn guesses.
+
+        Args:
+            rows: All of them.
+            guesses: Of all rows; any shape.
+            sampled: Rows that sample.
+        """
+        return self.host(rows, guesses) + (self.sampling(sampled, 0.0) if sampled else 0.0)
 
     def sampled(self, method: str) -> tuple[DraftCost, DraftCost]:
         """What betting on rows that sample takes more: drawing guesses, and choosing among them."""
@@ -216,8 +230,11 @@ class Profile:
         drafts, drawing = (
             {name: _draft_cost(cost) for name, cost in found.pop(part, {}).items()} for part in ("drafts", "drawing")
         )
-        host, choosing = HostCost(**found.pop("host", {})), _draft_cost(found.pop("choosing", {}))
-        return cls(**found, verify=curve, drafts=drafts, host=host, drawing=drawing, choosing=choosing)
+        host, sampling = (HostCost(**found.pop(part, {})) for part in ("host", "sampling"))
+        choosing = _draft_cost(found.pop("choosing", {}))
+        return cls(
+            **found, verify=curve, drafts=drafts, host=host, sampling=sampling, drawing=drawing, choosing=choosing
+        )
 
     @classmethod
     def load(cls, path: Path) -> Profile:

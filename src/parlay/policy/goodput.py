@@ -214,18 +214,18 @@ class Goodput:
         if probe is not None:
             self._make(methods[probe.method], probe.bought, step)
         self.expected = Expected(tokens, time, float(seconds[0]))
-        self._quick = self._shortened(len(rows), budget, plain) if few else None
+        self._quick = self._shortened(step, budget, plain) if few else None
 
-    def _shortened(self, rows: int, budget: int, load: Load) -> Quick:
+    def _shortened(self, step: Rows, budget: int, load: Load) -> Quick:
         """This plan as a start for quick ones."""
+        rows, share = len(step.seqs), step.sampled_share
         room = min(budget, rows * max((len(made.offer.tree) for made in self._made.values()), default=ROOM))
-        sharing = Counter(made.bet.method for made in self._made.values())
         return Quick(
             seconds=self.clock.seconds(load, max(room, min(budget, rows * ROOM))).tolist(),
             emitting=rows,
-            costs={name: self.clock.draft(name, load.sampled_share) for name in self.drafters.keys() - self._resting},
+            costs={name: self.clock.draft(name, share) for name in self.drafters.keys() - self._resting},
             horizon=self._horizon,
-            sharing=dict(sharing),
+            sharing=dict(Counter(made.bet.method for made in self._made.values())),
             sizes={seq: len(made.bet.tree) for seq, made in self._made.items()},
         )
 

@@ -22,12 +22,14 @@ class Decoded:
     context: int = 0  # tokens in KV, over all rows and steps
     emitted: int = 0
     seconds: float = 0.0
+    sampled: int = 0  # rows that sample, over all steps
 
     def add(self, other: Decoded) -> None:
         self.steps += other.steps
         self.context += other.context
         self.emitted += other.emitted
         self.seconds += other.seconds
+        self.sampled += other.sampled
 
 
 def seconds_of_choices(
@@ -50,7 +52,7 @@ def seconds_of_choices(
             for depth in DEPTHS:
                 likely, total = known.pool[:depth, 0].tolist(), 0.0
                 for rows, some in decoded.items():
-                    emitted, seconds = _chain(clock, drafter, rows, some.context / some.steps, likely)
+                    emitted, seconds = _chain(clock, drafter, rows, some, likely)
                     total += some.emitted * seconds / emitted
                 found[f"{name}:{depth}"] = total
     return found
@@ -60,18 +62,20 @@ def _plain(clock: Clock, rows: int, some: Decoded) -> float:
     """Seconds of a step without bets."""
     context = round(some.context / some.steps)
     passed = clock.profile.verify.at(rows, rows, context) * clock.verify.factor(rows)
-    return passed + clock.host.factor * clock.profile.host(rows, 0)
+    return passed + clock.host.factor * clock.profile.around(rows, 0.0, some.sampled / some.steps)
 
 
-def _chain(clock: Clock, drafter: Drafter, rows: int, context: float, likely: list[float]) -> tuple[float, float]:
+def _chain(clock: Clock, drafter: Drafter, rows: int, some: Decoded, likely: list[float]) -> tuple[float, float]:
     """Tokens and seconds of a step in which every row for which there is an offer gets a chain of such guesses."""
     betting, depth = rows * drafter.offered, len(likely)
+    context, sampled = some.context / some.steps, some.sampled / some.steps
     guesses = betting * depth
     earned = sum(itertools.accumulate(likely, lambda survival, p: survival * p))
     profile, new = clock.profile, rows + round(guesses)
     passed = profile.verify.at(new, rows, round(context)) * clock.verify.factor(new)
-    host = clock.host.factor * profile.host(rows, guesses)
-    drafted = clock.draft(drafter.method)(depth, betting, guesses, context * drafter.offered) if betting else 0.0
+    host = clock.host.factor * profile.around(rows, guesses, sampled)
+    cost = clock.draft(drafter.method, sampled / rows)
+    drafted = cost(depth, betting, guesses, context * drafter.offered) if betting else 0.0
     return rows + betting * earned, passed + host + drafted
 
 

@@ -202,7 +202,7 @@ class MethodOffers:
             places: The row of each offer.
             offers: All of this method.
             rows: The step's.
-            cost: Of the drafter.
+            cost: Of betting on its guesses, beside the pass.
             horizon: Steps over which reading what was missed is spread.
         """
         at = np.array(places)

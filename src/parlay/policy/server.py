@@ -44,7 +44,7 @@ class SimulatedRow:
     max_depth: int
     speculation: Speculation = "auto"
     target_tpot: float | None = None
-    is_greedy: bool = False
+    is_greedy: bool = True  # steps are simulated as those of greedy rows
 
 
 @dataclass(slots=True)
