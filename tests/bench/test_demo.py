@@ -40,6 +40,11 @@ def test_reading_says_where_it_paid_and_where_it_cost() -> None:
     assert json.loads(environment.as_json(environment.capture(), result))["texts_equal"] == 1
 
 
+def test_reading_lists_every_level() -> None:
+    result = demo.summarise("m", 10, [*loads(1, 1.0, 0.5), *loads(4, 1.0, 0.5), *loads(16, 1.0, 0.5)])
+    assert "it paid at 1, 4 and 16 and cost speed nowhere" in result.reading
+
+
 def test_reading_claims_nothing_from_noise() -> None:
     result = demo.summarise("m", 10, [*loads(1, 1.0, 0.98), *loads(4, 1.0, 1.02)])
     assert "no clear difference" in result.reading

@@ -78,10 +78,8 @@ class Planner:
         """[..] of a step in which every row has trees of these sizes and depths."""
         profile, context = self._profile, batch * self._context
         guesses = batch * np.asarray(sizes, dtype=np.float64)
-        total = profile.verify(batch + guesses, batch, context) + profile.around(
-            batch, 0.0, batch if self._sampled else 0
-        )
-        total = total + profile.host.per_guess * guesses
+        sampled = batch if self._sampled else 0
+        total = profile.verify(batch + guesses, batch, context) + profile.around(batch, guesses, sampled)
         if method is not None:
             cost = profile.draft(method)
             if self._sampled:
