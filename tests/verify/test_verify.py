@@ -69,8 +69,8 @@ def verdict(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def against_model(server: Server, folder: Path, answers: int = 120) -> Result:
-    options = "--answers", str(answers), "--temperature", HEAT, "--dtype", "float32", "--json", "-"
+def against_model(server: Server, folder: Path) -> Result:
+    options = "--answers", "120", "--temperature", HEAT, "--dtype", "float32", "--json", "-"
     return verify(server, "--reference-model", str(folder), *options)
 
 
@@ -107,34 +107,41 @@ class WithoutResidual(Acceptor):
         return found
 
 
-class Likeliest(FreshDraws):
+class Likeliest(Acceptor):
     """Takes the likeliest token, whatever the temperature."""
 
-    def categorical(self, probs: torch.Tensor) -> torch.Tensor:
-        return probs.argmax(-1)
+    def _choose(self, walks: Sequence[Any], logits: torch.Tensor) -> list[int]:
+        return logits.argmax(-1).tolist()
 
 
-class Reused:
-    """The same chance for every draw, as in prototypes that draw it once per request."""
+class Reused(Acceptor):
+    """The same chance for all draws of a request, as in prototypes that draw it once per request."""
 
-    def __init__(self, own: torch.Generator) -> None:
-        self._own, self._draws = own, FreshDraws(own)
+    def _choose(self, walks: Sequence[Any], logits: torch.Tensor) -> list[int]:
+        found = []
+        for walk, line in zip(walks, logits, strict=True):
+            self.draws = Repeated(seed=walk.row.seq)
+            found += super()._choose([walk], line[None])
+        return found
+
+
+class Repeated:
+    """Every draw begins anew."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._own = seed, torch.Generator()
 
     def __getattr__(self, name: str) -> Any:
-        self._own.manual_seed(1)
-        return getattr(self._draws, name)
+        return getattr(FreshDraws(self._own.manual_seed(self._seed)), name)
 
 
 @pytest.mark.parametrize("fault", [WithoutResidual, Likeliest, Reused])
 def test_planted_faults_are_found(fault: type, engine: Engine, server: Server, folder: Path) -> None:
     kept = engine.acceptor
     torch.manual_seed(0)
-    if fault is WithoutResidual:
-        engine.acceptor = WithoutResidual(kept.draws, kept.eos)
-    else:
-        engine.acceptor = Acceptor(fault(torch.Generator()), kept.eos)
+    engine.acceptor = fault(kept.draws, kept.eos)
     try:
-        result = against_model(server, folder, answers=240)
+        result = against_model(server, folder)
     finally:
         engine.acceptor = kept
     assert result.exit_code == 1, result.output
