@@ -51,6 +51,15 @@ def test_reading_claims_nothing_from_noise() -> None:
     assert "All 2 greedy texts" in result.reading
 
 
+def test_reading_claims_nothing_where_rounds_disagree() -> None:
+    result = demo.summarise(
+        "m", 10, [*loads(1, 1.0, 0.5), *loads(1, 1.0, 1.1), *loads(4, 1.0, 0.9), *loads(4, 1.0, 0.8)]
+    )
+    assert result.levels[0].ratio == pytest.approx(2 / 1.6)
+    assert result.levels[0].rounds == pytest.approx((2.0, 1 / 1.1))
+    assert "it paid at 4 and cost speed nowhere" in result.reading
+
+
 def test_both_arms_are_sent_the_same_at_every_level() -> None:
     prompts = [Prompt("a", "one"), Prompt("b", "two"), Prompt("a", "three")]
     levels = (demo.Level(1, 2), demo.Level(2, 3))

@@ -26,7 +26,7 @@ NAME = "auto"
 SERVER_OPTIONS = ("--no-prefix-caching", "--compile", "wait", "--log-level", "warning")
 ARMS: tuple[Speculation, Speculation] = ("off", "auto")
 NAMES: dict[Speculation, str] = {"off": "off", "auto": NAME}
-CLEARLY = 0.05  # a run this short cannot tell smaller differences
+CLEARLY = 0.05  # a run this short cannot tell smaller differences, nor those on which its rounds disagree
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,21 @@ class Comparison:
     off: float  # tokens per second
     auto: float
     tokens_per_step: float
+    rounds: tuple[float, ...] = ()  # the ratio in each round, at a level
 
     @property
     def ratio(self) -> float:
         return self.auto / self.off
+
+    @property
+    def paid(self) -> bool:
+        """Guesses were faster, in every round."""
+        return self.ratio > 1 + CLEARLY and min(self.rounds, default=1) > 1
+
+    @property
+    def cost(self) -> bool:
+        """Guesses were slower, in every round."""
+        return self.ratio < 1 - CLEARLY and max(self.rounds, default=1) < 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,13 @@ def summarise(model: str, max_tokens: int, loads: Sequence[Load]) -> DemoResult:
         for speculation in ARMS
     )
     levels = tuple(
-        Comparison(str(off.concurrency), off.tokens_per_second, auto.tokens_per_second, auto.tokens_per_step)
+        Comparison(
+            str(off.concurrency),
+            off.tokens_per_second,
+            auto.tokens_per_second,
+            auto.tokens_per_step,
+            _rounds(loads, off.concurrency),
+        )
         for off, auto in zip(cells[::2], cells[1::2], strict=True)
     )
     pairs = [pair for concurrency in concurrencies for pair in _pairs(loads, concurrency)]
@@ -177,6 +194,19 @@ def summarise(model: str, max_tokens: int, loads: Sequence[Load]) -> DemoResult:
         texts_equal=equal,
         reading=f"{_speed(levels)} {_equality(equal, len(pairs))}",
     )
+
+
+def _rounds(loads: Sequence[Load], concurrency: int) -> tuple[float, ...]:
+    """By how much guesses were faster, round by round."""
+    off, auto = (
+        [_speed_of(load) for load in loads if (load.concurrency, load.speculation) == (concurrency, arm)]
+        for arm in ARMS
+    )
+    return tuple(fast / slow for slow, fast in zip(off, auto, strict=True))
+
+
+def _speed_of(load: Load) -> float:
+    return sum(reply.tokens for reply in load.replies) / load.seconds
 
 
 def _cell(loads: Sequence[Load]) -> Cell:
@@ -235,8 +265,8 @@ def _tokens_per_step(replies: Iterable[Reply]) -> float:
 def _speed(levels: Sequence[Comparison]) -> str:
     """What the ratios say, good or bad."""
     ratios = ", ".join(f"{level.ratio:.2f}x at {level.name}" for level in levels)
-    paid = [level.name for level in levels if level.ratio > 1 + CLEARLY]
-    cost = [level.name for level in levels if level.ratio < 1 - CLEARLY]
+    paid = [level.name for level in levels if level.paid]
+    cost = [level.name for level in levels if level.cost]
     if paid and cost:
         verdict = f"it paid at {_listed(paid)} and cost speed at {_listed(cost)}"
     elif cost:
@@ -261,15 +291,28 @@ def _equality(equal: int, compared: int) -> str:
     )
 
 
+def _ratio(level: Comparison) -> str:
+    """With the least and the most of its rounds."""
+    return f"{level.ratio:.2f}x ({min(level.rounds):.2f}-{max(level.rounds):.2f})"
+
+
 def _tables(result: DemoResult) -> Iterator[Table]:
-    ratio = {level.name: level.ratio for level in result.levels}
-    columns = ("requests at a time", "speculation", "tokens/s", "ratio", "TTFT p50", "tokens per step", "steps with")
+    level_of = {level.name: level for level in result.levels}
+    columns = (
+        "requests at a time",
+        "speculation",
+        "tokens/s",
+        "ratio (by round)",
+        "TTFT p50",
+        "tokens per step",
+        "steps with",
+    )
     rows = (
         (
             cell.concurrency,
             NAMES[cell.speculation],
             f"{cell.tokens_per_second:.1f}",
-            f"{ratio[str(cell.concurrency)]:.2f}x" if cell.speculation != "off" else "",
+            _ratio(level_of[str(cell.concurrency)]) if cell.speculation != "off" else "",
             f"{1000 * cell.ttft_p50:.0f} ms",
             f"{cell.tokens_per_step:.2f}",
             ", ".join(f"{method} {share:.0%}" for method, share in cell.bets.items()),
