@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from parlay.cli import app
 from parlay.config import EngineConfig
 from parlay.engine.accept import Acceptor
 from parlay.engine.engine import Engine
-from parlay.engine.sampling import FreshDraws
+from parlay.engine.sampling import Draws, FreshDraws
 from tests.serving import Server, serving
 from tests.tiny import make_tiny_llama
 
@@ -69,9 +69,9 @@ def verdict(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def against_model(server: Server, folder: Path) -> Result:
-    options = "--answers", "120", "--temperature", HEAT, "--dtype", "float32", "--json", "-"
-    return verify(server, "--reference-model", str(folder), *options)
+def against_model(server: Server, folder: Path, *options: str, answers: int = 120) -> Result:
+    usual = "--answers", str(answers), "--temperature", HEAT, "--dtype", "float32", "--json", "-"
+    return verify(server, "--reference-model", str(folder), *usual, *options)
 
 
 def failed(result: Result) -> set[str]:
@@ -142,6 +142,19 @@ def test_planted_faults_are_found(fault: type, engine: Engine, server: Server, f
     engine.acceptor = fault(kept.draws, kept.eos)
     try:
         result = against_model(server, folder)
+    finally:
+        engine.acceptor = kept
+    assert result.exit_code == 1, result.output
+    assert failed(result)
+
+
+def test_chance_that_all_requests_share_is_found_one_at_a_time(engine: Engine, server: Server, folder: Path) -> None:
+    """Several at a time, it depends on a request's place among them, which hides much of it."""
+    kept, shared = engine.acceptor, cast(Draws, Repeated(seed=1))
+    torch.manual_seed(0)
+    engine.acceptor = Acceptor(shared, kept.eos)
+    try:
+        result = against_model(server, folder, "--concurrency", "1", answers=30)
     finally:
         engine.acceptor = kept
     assert result.exit_code == 1, result.output
